@@ -1,0 +1,42 @@
+# Everything that a developer or a newcomer does, one target each. Needs Python >= 3.11, make and a package index.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+STUBS  := datavector/wire/v1
+OUT    ?= demo-out
+
+.PHONY: demo test check bench stubs format clean
+
+demo: $(READY)          ## from images to one merged ONNX model, in minutes
+	$(BIN)/datavector demo --output $(OUT)
+
+test: $(READY)          ## every test
+	$(BIN)/pytest
+
+check: $(READY)         ## style, types, architecture, generated code
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tests/check_stubs.py
+
+bench: $(READY)         ## tables of measured speed; asserts nothing
+	$(BIN)/python -m bench
+
+format: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+stubs: $(READY)         ## datavector/wire/v1 from proto/
+	$(BIN)/python tests/check_stubs.py --write
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) demo-out

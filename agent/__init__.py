@@ -1,0 +1,1 @@
+"""A hospital: fine-tunes on its own images, sends its data vector, serves tasks."""

@@ -1,0 +1,523 @@
+"""The agent's side of the exchange: every call to the aggregator, over mutual TLS, patient while it cannot be reached.
+
+Everything that leaves the building goes through this module, and none of it before the ledger has its line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+
+from agent.ledger import Ledger, Sending
+from datavector.errors import (
+    CertificateError,
+    DataVectorError,
+    Interrupted,
+    ProtocolError,
+    TryAgain,
+    Unreachable,
+    WrongDigest,
+    WrongHospital,
+)
+from datavector.files import disk_full_at, fsync_folder, sha256_file
+from datavector.merge.batchnorm import Moments
+from datavector.wire.certs import check_certificate
+from datavector.wire.chunks import MAX_MESSAGE
+from datavector.wire.moments import from_message, to_message
+from datavector.wire.status import read_error
+from datavector.wire.v1.exchange_pb2 import (
+    BeginUploadReply,
+    BeginVisitRequest,
+    DescribeReleaseReply,
+    DescribeReleaseRequest,
+    DescribeReply,
+    DescribeRequest,
+    FetchRequest,
+    FileInfo,
+    ListTasksReply,
+    ListTasksRequest,
+    MeetDone,
+    MeetJoin,
+    MeetReply,
+    MeetRequest,
+    Task,
+    UploadReply,
+    VectorInfo,
+    VisitFinal,
+    VisitOpen,
+    VisitReply,
+    VisitRequest,
+    WithdrawReply,
+    WithdrawRequest,
+)
+from datavector.wire.v1.exchange_pb2_grpc import ExchangeStub
+
+FIRST_DELAY, LONGEST_DELAY = 0.5, 4.0  # seconds between tries
+CALL_SECONDS = 60.0
+CONNECT_SECONDS = 5
+
+Result = TypeVar("Result")
+Progress = Callable[[int, int], None]
+"""Takes bytes done and bytes in all."""
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE),
+    ("grpc.max_send_message_length", MAX_MESSAGE),
+    # A dead link is noticed within 10 + 5 seconds, also while this side only waits.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.min_reconnect_backoff_ms", CONNECT_SECONDS * 1000),
+    ("grpc.initial_reconnect_backoff_ms", int(FIRST_DELAY * 1000)),
+    ("grpc.max_reconnect_backoff_ms", int(LONGEST_DELAY * 1000)),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+]
+
+
+@dataclass(frozen=True)
+class Credentials:
+    """Files of a hospital's mutual TLS."""
+
+    certificate: Path
+    key: Path
+    ca: Path
+
+
+class Client:
+    """A hospital's connection to an aggregator. Calls are made from one thread; `interrupt` from any.
+
+    Args:
+        address: host:port.
+        hospital: if given, the certificate must be this hospital's.
+        ledger: where everything that leaves is recorded; without one, nothing can be sent.
+        on_waiting: takes a sentence whenever the aggregator cannot be reached and a new try is due.
+        patience_seconds: how long calls keep trying; None for ever, 0 for a single try.
+
+    Raises:
+        CertificateError: a file is missing, unreadable, expired, or does not fit the others.
+        WrongHospital: the certificate is another hospital's.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: Credentials,
+        *,
+        hospital: str | None = None,
+        ledger: Ledger | None = None,
+        on_waiting: Callable[[str], None] | None = None,
+        patience_seconds: float | None = None,
+    ) -> None:
+        self.address = address
+        self.credentials = credentials
+        self.ledger = ledger
+        self.report = check_certificate(credentials.certificate, credentials.key, credentials.ca)
+        if self.report.hospital is None or hospital not in (None, self.report.hospital):
+            raise WrongHospital(certificate=self.report.hospital or "the aggregator", claimed=hospital or "a hospital")
+        self.hospital = self.report.hospital
+        self._on_waiting = on_waiting or (lambda _: None)
+        self._patience = patience_seconds
+        self._channel: grpc.Channel | None = None
+        self._active: set[Any] = set()
+        self._stopping = threading.Event()
+        self._answered = False
+        self._server = ""
+
+    # --- What agents ask
+
+    def describe(self) -> DescribeReply:
+        """Who the aggregator takes this hospital for, and which base models it merges."""
+        return self.patiently(lambda: self.unary("Describe", DescribeRequest(), DescribeReply))
+
+    def list_tasks(self) -> ListTasksReply:
+        """What waits for this hospital, and when to ask again."""
+        return self.patiently(lambda: self.unary("ListTasks", ListTasksRequest(), ListTasksReply))
+
+    def describe_release(self, policy: str = "") -> DescribeReleaseReply:
+        """The newest Ready release of a policy (of the only one where empty).
+
+        Raises:
+            NotReady: there is none.
+        """
+        return self.patiently(
+            lambda: self.unary("DescribeRelease", DescribeReleaseRequest(policy=policy), DescribeReleaseReply)
+        )
+
+    def fetch(
+        self,
+        info: FileInfo,
+        target: Path,
+        *,
+        base_digest: str | None = None,
+        task_id: str | None = None,
+        release: str | None = None,
+        on_progress: Progress | None = None,
+    ) -> Path:
+        """Downloads one file of a base model, a task or a release; goes on where an earlier try ended.
+
+        Raises:
+            WrongDigest: what arrived is not what was announced; the next try starts from nothing.
+            DiskFull: no space is left; what arrived is kept for the next try.
+        """
+        if target.is_file() and target.stat().st_size == info.size and sha256_file(target) == info.sha256:
+            return target
+        request = FetchRequest(base_digest=base_digest, task_id=task_id, release=release, file=info.name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{info.sha256[:16]}.part")
+        with disk_full_at(target, needed=info.size):
+            self.patiently(lambda: self._fetch_rest(request, info, partial, on_progress))
+        found = sha256_file(partial)
+        if found != info.sha256:
+            partial.unlink()
+            raise WrongDigest(
+                f"{info.name} arrived with SHA-256 {found}, announced was {info.sha256}",
+                remedy="run it again; if it persists, the aggregator's copy is altered",
+            )
+        partial.replace(target)
+        fsync_folder(target.parent)
+        return target
+
+    def _fetch_rest(self, request: FetchRequest, info: FileInfo, partial: Path, on_progress: Progress | None) -> None:
+        with partial.open("ab") as file:
+            request.offset = file.tell()
+            if request.offset < info.size:
+                with self.streaming(self._stub().Fetch(request)) as call:
+                    for chunk in call:
+                        file.write(chunk.data)
+                        if on_progress:
+                            on_progress(file.tell(), info.size)
+            file.flush()
+            os.fsync(file.fileno())
+
+    # --- What leaves
+
+    def withdraw(self, base_digest: str = "", *, reason: str = "") -> WithdrawReply:
+        """Takes back this hospital's vectors of one base model, or of all. One way."""
+        request = WithdrawRequest(base_digest=base_digest, reason=reason)
+        content = request.SerializeToString()
+        with self._sending("withdrawal", content=content, base=base_digest):
+            return self.patiently(lambda: self.unary("Withdraw", request, WithdrawReply))
+
+    def begin_visit(self, task: Task) -> dict[str, Moments]:
+        """What other hospitals left for this task, pooled, by layer; empty for the first visitor."""
+
+        def attempt() -> dict[str, Moments]:
+            with self.streaming(self._stub().BeginVisit(BeginVisitRequest(task_id=task.id))) as call:
+                return {message.layer: from_message(message) for message in call}
+
+        return self.patiently(attempt)
+
+    def complete_visit(self, task: Task, moments: Mapping[str, Moments], *, images: int) -> VisitReply:
+        """Leaves this hospital's own moments by layer, as a whole or not at all."""
+        messages = [
+            VisitRequest(open=VisitOpen(task_id=task.id)),
+            *(VisitRequest(layer=to_message(layer, values)) for layer, values in moments.items()),
+            VisitRequest(final=VisitFinal(images=images, layers=len(moments))),
+        ]
+        content = b"".join(message.SerializeToString(deterministic=True) for message in messages)
+        with self._sending("visit", content=content, base=task.base_digest, version=task.version):
+            return self.patiently(
+                lambda: self.result(self._stub().CompleteVisit.future(iter(messages), timeout=CALL_SECONDS), VisitReply)
+            )
+
+    @contextmanager
+    def meet(self, task: Task, *, images: int) -> Iterator[Meeting]:
+        """Joins a meeting, waits until it starts, and ends it properly when the block ends.
+
+        Raises:
+            TryAgain: too few hospitals are left; join again.
+            Unreachable: the connection broke; join again.
+            NotFound: the meeting took place without this hospital.
+        """
+        with self._sending("meeting", base=task.base_digest, version=task.version) as sending:
+            requests: SimpleQueue[MeetRequest | None] = SimpleQueue()
+            call = self._stub().Meet(iter(requests.get, None))
+            try:
+                with self.streaming(call):
+                    meeting = Meeting(call, requests, sending)
+                    meeting.join(MeetJoin(task_id=task.id, images=images))
+                    yield meeting
+                    meeting.finish()
+            finally:
+                requests.put(None)
+
+    def begin_upload(self, info: VectorInfo) -> BeginUploadReply:
+        """The durable offset from which `send_upload` goes on. One try."""
+        return self.unary("BeginUpload", info, BeginUploadReply)
+
+    def send_upload(self, messages: Iterator[bytes]) -> UploadReply:
+        """Sends serialised UploadRequests: open, chunk*, final. One try."""
+        method = self._connected().stream_unary(
+            "/datavector.v1.Exchange/Upload", response_deserializer=UploadReply.FromString
+        )
+        return self.result(method.future(messages), UploadReply)
+
+    def sending_vector(self, info: VectorInfo) -> AbstractContextManager[Sending]:
+        """The ledger's lines around an upload."""
+        return self._sending("vector", bytes=info.size, sha256=info.sha256, base=info.base_digest)
+
+    def _sending(
+        self, what: str, *, content: bytes = b"", bytes: int = 0, sha256: str = "", base: str = "", version: str = ""
+    ) -> AbstractContextManager[Sending]:
+        if self.ledger is None:
+            raise ProtocolError(f"no ledger is there to record the {what}", remedy="give the agent a state folder")
+        if content:
+            bytes, sha256 = len(content), hashlib.sha256(content).hexdigest()
+        to = f"{self.address} ({self.server_identity()})"
+        return self.ledger.sending(what, to=to, bytes=bytes, sha256=sha256, base=base, version=version)
+
+    # --- One call
+
+    def unary(self, method: str, request: Any, _reply: type[Result]) -> Result:
+        """One try of a call with one request and one reply."""
+        return self.result(getattr(self._stub(), method).future(request, timeout=CALL_SECONDS), _reply)
+
+    def result(self, call: Any, _reply: type[Result]) -> Result:
+        """The reply of a running call, or its error as one of ours."""
+        with self.streaming(call):
+            reply: Result = call.result()
+        return reply
+
+    @contextmanager
+    def streaming(self, call: Any) -> Iterator[Any]:
+        """Turns the errors of a running call into ours, lets `interrupt` end it, and cancels it when left early."""
+        self._active.add(call)
+        try:
+            if self._stopping.is_set():
+                raise Interrupted("stopped", remedy="start it again to go on")
+            yield call
+            self._answered = True
+        except (grpc.RpcError, grpc.FutureCancelledError) as error:
+            raise self._translate(call) from error
+        finally:
+            self._active.discard(call)
+            call.cancel()
+
+    def _translate(self, call: Any) -> DataVectorError:
+        if self._stopping.is_set():
+            return Interrupted("stopped", remedy="start it again to go on")
+        details = call.details() or ""
+        translated = read_error(call.code(), details, call.trailing_metadata())
+        if not isinstance(translated, Unreachable):
+            self._answered = True
+            return translated
+        refusal = _handshake_refusal(details)
+        return refusal or Unreachable(
+            f"the aggregator at {self.address} is not reachable ({_reason(details)})",
+            remedy="check the address, the network, and whether the aggregator runs",
+        )
+
+    def patiently(self, attempt: Callable[[], Result]) -> Result:
+        """Tries until it works, with growing pauses, while the reason is one that passes.
+
+        Raises:
+            Unreachable, TryAgain: patience is at its end.
+            Interrupted: `interrupt` was called.
+            DataVectorError: the aggregator refuses, or the certificates do not fit; these are not tried again.
+        """
+        began, since, delay = time.monotonic(), datetime.now(UTC).astimezone(), FIRST_DELAY
+        while True:
+            self._answered = False
+            try:
+                return attempt()
+            except (Unreachable, TryAgain) as error:
+                if self._answered:  # it worked in between: a new outage
+                    since, delay = datetime.now(UTC).astimezone(), FIRST_DELAY
+                else:
+                    self._handshake()
+                if self._patience is not None and time.monotonic() - began + delay > self._patience:
+                    raise
+                pause = delay * random.uniform(0.75, 1)  # noqa: S311  many agents must not come back in step
+                what = "not reachable" if isinstance(error, Unreachable) else error.message
+                self._on_waiting(f"{self.address}: {what} since {since:%H:%M:%S}; next try in {pause:.1f} s")
+            self._disconnect()
+            if self._stopping.wait(pause):
+                raise Interrupted("stopped while waiting for the aggregator", remedy="start it again to go on")
+            delay = min(2 * delay, LONGEST_DELAY)
+
+    # --- The connection
+
+    def server_identity(self) -> str:
+        """Whom the aggregator's certificate names: its SPIFFE ID, or else its first DNS name."""
+        if not self._server:
+            self._server = self.patiently(lambda: _server_name(self._handshake(demand=True)))
+        return self._server
+
+    def interrupt(self) -> None:
+        """Ends the running call and every later one with Interrupted. For signal handlers."""
+        self._stopping.set()
+        for call in list(self._active):
+            call.cancel()
+
+    def close(self) -> None:
+        self._disconnect()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _stub(self) -> ExchangeStub:
+        return ExchangeStub(self._connected())  # type: ignore[no-untyped-call]
+
+    def _connected(self) -> grpc.Channel:
+        if self._channel is None:
+            certificate, key, ca = (
+                path.read_bytes() for path in (self.credentials.certificate, self.credentials.key, self.credentials.ca)
+            )
+            credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+            self._channel = grpc.secure_channel(self.address, credentials, options=_OPTIONS)
+        return self._channel
+
+    def _disconnect(self) -> None:
+        """Drops the channel: the next call dials at once, without the channel's own pause."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def _handshake(self, *, demand: bool = False) -> dict[str, Any]:
+        """Makes one TLS handshake apart from gRPC, which tells a refused certificate from an absent aggregator.
+
+        Args:
+            demand: whether it must succeed.
+
+        Returns:
+            The aggregator's certificate, in the form of `ssl.SSLSocket.getpeercert`.
+
+        Raises:
+            CertificateError: either side refuses the other's certificate.
+            Unreachable: nobody answers, and `demand` is set.
+        """
+        context = ssl.create_default_context(cafile=str(self.credentials.ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(self.credentials.certificate, self.credentials.key)
+        context.set_alpn_protocols(["h2"])
+        host, _, port = self.address.rpartition(":")
+        host = host.strip("[]")
+        try:
+            with (
+                socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS) as plain,
+                context.wrap_socket(plain, server_hostname=host) as secure,
+            ):
+                # In TLS 1.3 the client's side is done before the server has judged its certificate; the first
+                # bytes from the server, its HTTP/2 settings, tell that it has.
+                if not secure.recv(1):
+                    raise ConnectionResetError("connection closed")
+                return dict(secure.getpeercert() or {})
+        except ssl.SSLCertVerificationError as error:
+            raise _foreign_server(self.address, error.verify_message) from error
+        except ssl.SSLError as error:
+            if refusal := _handshake_refusal(error.reason or ""):
+                raise refusal from error
+            reason = error.reason or "TLS failed"
+        except OSError as error:
+            reason = error.strerror or str(error)
+        if demand:
+            raise Unreachable(
+                f"the aggregator at {self.address} is not reachable ({reason})",
+                remedy="check the address, the network, and whether the aggregator runs",
+            )
+        return {}
+
+
+class Meeting:
+    """A forward pass that this hospital makes together with others.
+
+    Attributes:
+        hospitals: who is there at the start.
+        done: who was there until the last layer, and over how many images; set once the block of `meet` has ended.
+    """
+
+    def __init__(self, call: Any, requests: SimpleQueue[MeetRequest | None], sending: Sending) -> None:
+        self._call = call
+        self._requests = requests
+        self._sending = sending
+        self._digest = hashlib.sha256()
+        self._bytes = 0
+        self.hospitals: tuple[str, ...] = ()
+        self.done: MeetDone | None = None
+
+    def join(self, join: MeetJoin) -> None:
+        self._send(MeetRequest(join=join))
+        self.hospitals = tuple(self._receive("start").start.hospitals)
+
+    def pool(self, layer: str, moments: Moments) -> Moments:
+        """This hospital's moments of a layer's input go out, those of everybody present come back, pooled.
+
+        Raises:
+            TryAgain: too few hospitals are left; join again.
+        """
+        self._send(MeetRequest(layer=to_message(layer, moments)))
+        pooled = self._receive("pooled").pooled
+        if pooled.layer != layer:
+            raise ProtocolError(f"asked for {layer!r}, got {pooled.layer!r}", remedy="use a matching version")
+        return from_message(pooled)
+
+    def finish(self) -> None:
+        self.done = self._receive("done").done
+        self._sending.measured(bytes=self._bytes, sha256=self._digest.hexdigest())
+
+    def _send(self, message: MeetRequest) -> None:
+        content = message.SerializeToString(deterministic=True)
+        self._digest.update(content)
+        self._bytes += len(content)
+        self._requests.put(message)
+
+    def _receive(self, part: str) -> MeetReply:
+        reply: MeetReply | None = next(self._call, None)
+        if reply is None or reply.WhichOneof("part") != part:
+            raise ProtocolError(f"the meeting did not answer with {part!r}", remedy="use a matching version")
+        return reply
+
+
+_CLIENT_REFUSED = re.compile(r"ALERT_(UNKNOWN_CA|CERTIFICATE_\w+|BAD_CERTIFICATE|DECRYPT_ERROR|ACCESS_DENIED)", re.I)
+
+
+def _handshake_refusal(details: str) -> CertificateError | None:
+    """The certificate error that a TLS library's text stands for, if it is one."""
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return _foreign_server("the address", "certificate verify failed")
+    if match := _CLIENT_REFUSED.search(details):
+        return CertificateError(
+            f"the aggregator refuses this certificate ({match[1].lower().replace('_', ' ')})",
+            remedy="use one that its own authority issued, and ask the aggregation site if it still trusts that",
+        )
+    return None
+
+
+def _foreign_server(address: str, reason: str) -> CertificateError:
+    return CertificateError(
+        f"the server at {address} shows a certificate that is not to be trusted ({reason})",
+        remedy="check the address, and that tls.ca is the authority that signed the aggregator's certificate",
+    )
+
+
+def _server_name(certificate: Mapping[str, Any]) -> str:
+    names = sorted(certificate.get("subjectAltName", ()), key=lambda name: name[0] != "URI")
+    return str(names[0][1]) if names else "unnamed"
+
+
+def _reason(details: str) -> str:
+    """The last cause in gRPC's text, without the addresses that it tried."""
+    return details.rpartition("last error: ")[2].rpartition(": ")[2] or "no answer"

@@ -1,0 +1,137 @@
+"""What left this building: one JSON line for everything the agent sends, written before it is sent.
+
+A "sending" line is on disk before the first byte goes out and a "sent" line follows when the aggregator has
+confirmed it; whatever stops the agent in between, the first line stays. Lines are only ever appended.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+from datavector.errors import UnreadableData
+from datavector.files import disk_full_at, fsync_folder
+
+State = Literal["sending", "sent", "unconfirmed"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line.
+
+    Attributes:
+        time: RFC 3339, UTC.
+        state: "sending" before the first byte, "sent" once confirmed, "unconfirmed" if the call failed (some or all
+            of it may have left).
+        what: "vector", "visit", "meeting" or "withdrawal".
+        bytes: size of what is sent; 0 while a meeting has only begun.
+        sha256: of what is sent; empty while a meeting has only begun.
+        to: address and identity of the aggregator.
+        base: digest of the base model, where it concerns one.
+        version: the merged version, where it concerns one.
+    """
+
+    time: str
+    state: State
+    what: str
+    bytes: int
+    sha256: str
+    to: str
+    base: str = ""
+    version: str = ""
+
+
+class Ledger:
+    """Appends to a ledger file (mode 0600), durably."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @contextmanager
+    def sending(
+        self, what: str, *, to: str, bytes: int = 0, sha256: str = "", base: str = "", version: str = ""
+    ) -> Iterator[Sending]:
+        """Records that something leaves while the block runs, and whether it arrived.
+
+        The block may tell size and digest that only the end shows, by `Sending.measured`.
+
+        Raises:
+            DiskFull: the line cannot be written; then nothing may be sent.
+        """
+        sending = Sending(Entry(_now(), "sending", what, bytes, sha256, to, base, version))
+        self.append(sending.entry)
+        try:
+            yield sending
+        except BaseException:
+            self.append(replace(sending.entry, time=_now(), state="unconfirmed"))
+            raise
+        self.append(replace(sending.entry, time=_now(), state="sent"))
+
+    def append(self, entry: Entry) -> None:
+        """Writes one line and waits until it is on disk."""
+        fresh = not self.path.exists()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_full_at(self.path):
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                line = json.dumps(asdict(entry)).encode() + b"\n"
+                _write(descriptor, line if _ends_with_a_line(descriptor) else b"\n" + line)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        if fresh:
+            fsync_folder(self.path.parent)
+
+
+class Sending:
+    """Something on its way out."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.entry = entry
+
+    def measured(self, *, bytes: int, sha256: str) -> None:
+        self.entry = replace(self.entry, bytes=bytes, sha256=sha256)
+
+
+def read_ledger(path: Path) -> list[Entry]:
+    """The lines of a ledger, oldest first; a line torn by a crash is left out, a missing file is an empty ledger.
+
+    Raises:
+        UnreadableData: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnreadableData(f"{path} cannot be read ({error.strerror})", remedy="check its permissions") from error
+    return [entry for line in lines if (entry := _parse(line)) is not None]
+
+
+def _parse(line: bytes) -> Entry | None:
+    try:
+        return Entry(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
+
+
+def _ends_with_a_line(descriptor: int) -> bool:
+    size = os.fstat(descriptor).st_size
+    return size == 0 or os.pread(descriptor, 1, size - 1) == b"\n"
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,205 @@
+"""A hospital's main job, from top to bottom: preflight, base model, training, vector, upload, tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from google.protobuf.json_format import MessageToDict, Parse
+
+from agent import preflight
+from agent.metrics import Metrics
+from agent.settings import AgentSettings
+from agent.site import Site, connect, open_site
+from agent.tasks import TaskServer
+from agent.train import EpochReport, TrainSettings, train
+from agent.upload import upload
+from datavector.console import progress, say
+from datavector.data.images import ImageSet, load_images
+from datavector.data.records import Record, assign_splits
+from datavector.errors import DataVectorError, Interrupted, Unreachable
+from datavector.files import write_json
+from datavector.model import BaseModel
+from datavector.vector import write_vector
+from datavector.wire.v1.exchange_pb2 import PolicyInfo, VectorInfo
+
+VECTOR, VECTOR_INFO = "vector.safetensors", "vector.json"
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What the preflight found."""
+
+    policy: PolicyInfo
+    base: BaseModel
+    records: list[Record]
+
+
+def run(settings: AgentSettings, *, once: bool) -> None:
+    """Trains, delivers the vector, then serves tasks until stopped (or leaves, with `once`).
+
+    Raises:
+        DataVectorError: a check failed, or the aggregator refuses the vector.
+    """
+    with open_site(settings) as site:
+        ready = _prepare(site)
+        vector = train_vector(site, ready)
+        deliver(site, vector)
+        if not once:
+            serve_tasks(site, ready, until_stopped=True)
+
+
+def serve_waiting_tasks(settings: AgentSettings) -> None:
+    """Serves the tasks that are waiting, and leaves."""
+    with open_site(settings) as site:
+        serve_tasks(site, _prepare(site), until_stopped=False)
+
+
+def preflight_only(settings: AgentSettings) -> None:
+    """Checks everything and starts nothing."""
+    with open_site(settings) as site:
+        _prepare(site)
+    say("ready")
+
+
+# --- The steps ------------------------------------------------------------------------------------------------
+
+
+def _prepare(site: Site) -> Ready:
+    """Runs every check, fetches the base model, and reads the list of images.
+
+    Raises:
+        DataVectorError: the first check that failed; all of them were shown.
+    """
+    settings, checks = site.settings, preflight.Preflight(say)
+    checks.check("certificate", partial(preflight.certificate, settings))
+    checks.check("device", partial(preflight.device, settings))
+    policy = _policy(site)
+    say(f"ok    aggregator   {settings.aggregator}, policy {policy.name} is waiting for {policy.waiting_for}")
+    base, records = None, None
+    if checks.check("disk", partial(preflight.disk, settings, policy)):
+        base = checks.check("base model", partial(preflight.base_model, settings, site.client, policy))
+    if base is not None:
+        records = checks.check("data", partial(preflight.data, settings, base))
+    checks.demand()
+    assert base is not None  # noqa: S101  else demand() would have raised
+    assert records is not None  # noqa: S101
+    return Ready(policy, base, records)
+
+
+def train_vector(site: Site, ready: Ready) -> VectorInfo:
+    """Fine-tunes (or goes on, or finds it done); the data vector and its description are then in the state folder."""
+    settings, base, metrics = site.settings, ready.base, site.metrics
+    training, validation = _load_images(settings, ready, metrics)
+
+    def show(report: EpochReport) -> None:
+        metrics.epoch.set(report.epoch)
+        metrics.loss.set(report.train_loss)
+        metrics.validation.set(report.val_balanced_accuracy)
+        say(
+            f"epoch {report.epoch} of {report.epochs}: loss {report.train_loss:.3f}, "
+            f"validation loss {report.val_loss:.3f}, "
+            f"balanced accuracy {report.val_balanced_accuracy:.1%}, {report.images_per_second:.0f} images/s"
+        )
+
+    result = train(
+        base,
+        training,
+        validation,
+        TrainSettings(**settings.training.model_dump()),
+        settings.state / "training",
+        on_epoch=show,
+        stop=site.stop,
+    )
+    vector = settings.state / VECTOR
+    sha256 = write_vector(vector, base, result.tensors(base))
+    say(f"trained on {result.images} images, kept epoch {result.epoch}; vector of {vector.stat().st_size:,} bytes")
+    known = _known_vector(settings.state)
+    if known is None or (known.sha256, known.base_digest) != (sha256, base.digest):
+        sequence = 1 + max(ready.policy.last_sequence, known.sequence if known else 0)
+        known = VectorInfo(
+            base_digest=base.digest,
+            sha256=sha256,
+            size=vector.stat().st_size,
+            sequence=sequence,
+            sample_count=result.images,
+        )
+        write_json(settings.state / VECTOR_INFO, MessageToDict(known))
+    return known
+
+
+def deliver(site: Site, info: VectorInfo) -> None:
+    """Uploads the vector, however often the link breaks."""
+    uploads = site.metrics.uploads
+    with progress("upload") as show:
+        try:
+            name = upload(site.client, site.settings.state / VECTOR, info, on_progress=show)
+        except DataVectorError as error:
+            uploads.labels(type(error).__name__).inc()
+            raise
+    uploads.labels("committed").inc()
+    site.metrics.sent_bytes.labels("vector").inc(info.size)
+    say(f"delivered: {name} (sequence {info.sequence}, SHA-256 {info.sha256[:16]}...)")
+
+
+def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
+    """Serves the tasks that wait for this hospital: once, or until SIGTERM."""
+    server = TaskServer(
+        settings=site.settings,
+        client=site.client,
+        base=ready.base,
+        load_images=lambda: _load_images(site.settings, ready, site.metrics)[0],
+        metrics=site.metrics,
+        show=say,
+    )
+    while True:
+        pause = server.serve_waiting()
+        if not until_stopped:
+            return
+        if site.stop.wait(pause):
+            raise Interrupted("stopped while waiting for tasks", remedy="start it again to go on")
+
+
+def _load_images(settings: AgentSettings, ready: Ready, metrics: Metrics) -> tuple[ImageSet, ImageSet]:
+    """Training and validation images; corrupt ones are named, and left out."""
+    assert settings.data is not None  # noqa: S101  the preflight demands it
+    data, base = settings.data, ready.base
+    records = assign_splits(ready.records, validation=data.validation, seed=settings.training.seed)
+    sets = []
+    for split in ("train", "val"):
+        chosen = [record for record in records if record.split == split]
+        with progress(f"decoding {split} images") as show:
+            images = load_images(
+                chosen,
+                base.classes,
+                base.input.size,
+                cache=settings.state / "images",
+                max_corrupt=data.max_corrupt,
+                progress=show,
+            )
+        for path, reason in images.corrupt:
+            say(f"corrupt image left out: {path} ({reason})")
+        sets.append(images)
+    metrics.corrupt_images.set(sum(len(images.corrupt) for images in sets))
+    return sets[0], sets[1]
+
+
+def _known_vector(state: Path) -> VectorInfo | None:
+    path = state / VECTOR_INFO
+    return Parse(path.read_text(), VectorInfo()) if path.is_file() else None
+
+
+def _policy(site: Site) -> PolicyInfo:
+    """What the aggregator says of its policy; while it is away, what it said last: training needs nobody."""
+    known = site.settings.state / "policy.json"
+    try:
+        with connect(site.settings, patience_seconds=0) as impatient:
+            policy = preflight.choose_policy(site.settings, impatient)
+    except Unreachable as error:
+        if known.is_file():
+            say(f"aggregator: {error.message}; going on with the policy that it had last")
+            return Parse(known.read_text(), PolicyInfo())
+        policy = preflight.choose_policy(site.settings, site.client)
+    write_json(known, MessageToDict(policy))
+    return policy

@@ -1,0 +1,38 @@
+"""Prometheus metrics of the agent; served on a port of their own if the settings name one."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+
+class Metrics:
+    """Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` for counters."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.epoch = Gauge("datavector_agent_epoch", "Epochs finished of this run.", registry=self.registry)
+        self.loss = Gauge("datavector_agent_loss", "Mean training loss of the last epoch.", registry=self.registry)
+        self.validation = Gauge(
+            "datavector_agent_validation_balanced_accuracy_ratio",
+            "Balanced accuracy on the validation images after the last epoch.",
+            registry=self.registry,
+        )
+        self.corrupt_images = Gauge(
+            "datavector_agent_corrupt_images", "Images that could not be decoded.", registry=self.registry
+        )
+        self.sent_bytes = Counter(
+            "datavector_agent_sent_bytes", "Bytes of vectors and moments sent.", ["what"], registry=self.registry
+        )
+        self.uploads = Counter("datavector_agent_uploads", "Uploads by outcome.", ["outcome"], registry=self.registry)
+        self.tasks = Counter(
+            "datavector_agent_tasks", "Tasks by kind and outcome.", ["kind", "outcome"], registry=self.registry
+        )
+        self.waiting = Gauge(
+            "datavector_agent_aggregator_unreachable",
+            "1 while the aggregator cannot be reached, else 0.",
+            registry=self.registry,
+        )
+
+    def serve(self, port: int) -> None:
+        """Serves /metrics in a thread of its own."""
+        start_http_server(port, registry=self.registry)

@@ -1,0 +1,154 @@
+"""Is everything ready? Each check is one line that passes, or says what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import TypeVar
+
+from agent.client import Client
+from agent.settings import AgentSettings
+from datavector.checks import check_records
+from datavector.data.records import Record, read_records
+from datavector.errors import BaseModelError, DataVectorError, DiskFull, UsageError, WrongHospital
+from datavector.files import fsync_folder
+from datavector.model import BaseModel
+from datavector.wire.certs import CertificateReport, check_certificate
+from datavector.wire.v1.exchange_pb2 import PolicyInfo
+
+# Checkpoints hold weights and two optimiser moments, for the last and the best epoch; then come base and vector.
+BASE_SIZES_ON_DISK = 8
+WARN_DAYS = 30
+
+
+Found = TypeVar("Found")
+
+
+class Preflight:
+    """Runs checks, shows each as a line, and remembers the first error."""
+
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self.error: DataVectorError | None = None
+
+    def check(self, name: str, work: Callable[[], tuple[Found, str]]) -> Found | None:
+        """Runs one check: `work` returns what it found and what is good about it, or raises what is not.
+
+        Returns:
+            What was found, or None where the check failed.
+        """
+        try:
+            found, detail = work()
+        except DataVectorError as error:
+            self.error = self.error or error
+            self._show(f"FAIL  {name:<12} {error}")
+            return None
+        self._show(f"ok    {name:<12} {detail}")
+        return found
+
+    def demand(self) -> None:
+        """Raises the first error, if there was one."""
+        if self.error is not None:
+            raise self.error
+
+
+def certificate(settings: AgentSettings) -> tuple[CertificateReport, str]:
+    """The certificate is valid, of the authority, and speaks for this hospital."""
+    tls = settings.tls
+    report = check_certificate(tls.certificate, tls.key, tls.ca)
+    if report.hospital != settings.hospital:
+        raise WrongHospital(certificate=report.hospital or "the aggregator", claimed=settings.hospital)
+    days = report.days_left()
+    return report, f"speaks for {report.hospital}, valid for {days} days{'; renew it soon' * (days < WARN_DAYS)}"
+
+
+def device(settings: AgentSettings) -> tuple[str, str]:
+    """The device that training will use."""
+    import torch
+
+    if torch.cuda.is_available() and settings.training.device != "cpu":
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return "cuda", f"{len(names)} x {names[0]}"
+    if settings.training.device == "cuda":
+        raise UsageError(
+            "training.device is cuda, but no GPU is visible",
+            remedy="give the container a GPU (docker run --gpus all), or set training.device = 'auto'",
+        )
+    return "cpu", f"CPU, {os.cpu_count()} cores"
+
+
+def disk(settings: AgentSettings, policy: PolicyInfo) -> tuple[int, str]:
+    """The state folder can be written and holds what training leaves there."""
+    try:
+        settings.state.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{settings.state} cannot be made ({error.strerror})", remedy="set state to a folder on a writable volume"
+        ) from error
+    if not os.access(settings.state, os.W_OK):
+        raise UsageError(f"{settings.state} is not writable", remedy="mount it writable for this user")
+    needed = BASE_SIZES_ON_DISK * sum(file.size for file in policy.base_files)
+    free = shutil.disk_usage(settings.state).free
+    if free < needed:
+        raise DiskFull(settings.state, needed=needed)
+    return free, f"{free / 2**30:.1f} GiB free, about {needed / 2**30:.1f} GiB needed"
+
+
+def choose_policy(settings: AgentSettings, client: Client) -> PolicyInfo:
+    """The aggregator's policy that this hospital takes part in.
+
+    Raises:
+        UsageError: there is none, or several and the settings name none of them.
+        BaseModelError: it merges another base model than the pinned one.
+        WrongHospital: the aggregator takes the certificate for another hospital.
+    """
+    reply = client.describe()
+    if reply.hospital != settings.hospital:
+        raise WrongHospital(certificate=reply.hospital, claimed=settings.hospital)
+    found = [policy for policy in reply.policies if settings.policy in (None, policy.name)]
+    if len(found) != 1:
+        names = ", ".join(policy.name for policy in reply.policies) or "none"
+        raise UsageError(f"the aggregator has these policies: {names}", remedy="set policy to the one to take part in")
+    (policy,) = found
+    if settings.base is not None and policy.base_digest != settings.base:
+        raise BaseModelError(
+            f"policy {policy.name} merges base {policy.base_digest}, but {settings.base} is pinned here",
+            remedy="ask the aggregation site which is right, then change base",
+        )
+    if not policy.base_digest:
+        raise BaseModelError(
+            f"policy {policy.name} has no base model yet", remedy="ask the aggregation site to import it"
+        )
+    return policy
+
+
+def base_model(settings: AgentSettings, client: Client, policy: PolicyInfo) -> tuple[BaseModel, str]:
+    """The base model by digest: from the cache, else from the aggregator."""
+    digest = policy.base_digest
+    folder = settings.state / "bases" / digest.removeprefix("sha256:")
+    where = "cached"
+    if not folder.is_dir():
+        where = "fetched"
+        partial = folder.with_suffix(".partial")
+        for file in policy.base_files:
+            client.fetch(file, partial / file.name, base_digest=digest)
+        BaseModel.load(partial, digest=digest)
+        partial.rename(folder)
+        fsync_folder(folder.parent)
+    base = BaseModel.load(folder, digest=digest)
+    return base, f"{base.architecture}, {len(base.classes)} classes, {digest[:19]}, {where}"
+
+
+def data(settings: AgentSettings, base: BaseModel) -> tuple[list[Record], str]:
+    """The images can be listed and fit the base model.
+
+    Raises:
+        DataError: no image, one class only, a class the base lacks, an unreadable folder.
+        UsageError: the settings name no data.
+    """
+    if settings.data is None:
+        raise UsageError("data.path is not set", remedy="set it to the image folder or manifest (--data)")
+    records = read_records(settings.data.path)
+    summary = check_records(records, base.classes)
+    return records, " ".join((f"{summary}.", *summary.warnings))

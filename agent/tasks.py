@@ -1,0 +1,96 @@
+"""Tasks: what the aggregator asks of a hospital that came by. Each kind can be switched off in the settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from agent.client import Client
+from agent.metrics import Metrics
+from agent.recalibrate import affordable_images, recalibrate
+from agent.settings import AgentSettings
+from agent.train import choose_device
+from datavector.data.images import ImageSet
+from datavector.errors import NotFound, TryAgain
+from datavector.merge.batchnorm import Moments, pool
+from datavector.model import BaseModel
+from datavector.networks import build, load_file
+from datavector.wire.v1.exchange_pb2 import TASK_KIND_RECALIBRATE_MEETING, TASK_KIND_RECALIBRATE_VISIT, Task
+
+KINDS = {TASK_KIND_RECALIBRATE_VISIT: "visit", TASK_KIND_RECALIBRATE_MEETING: "meeting"}
+
+
+@dataclass(frozen=True)
+class TaskServer:
+    """Serves the tasks that wait for this hospital.
+
+    Attributes:
+        load_images: the hospital's training images; called once, when the first task needs them.
+    """
+
+    settings: AgentSettings
+    client: Client
+    base: BaseModel
+    load_images: Callable[[], ImageSet]
+    metrics: Metrics
+    show: Callable[[str], None]
+
+    def serve_waiting(self) -> float:
+        """Serves what is waiting now.
+
+        Returns:
+            Seconds after which it is worth asking again.
+        """
+        reply = self.client.list_tasks()
+        for task in reply.tasks:
+            self._serve(task)
+        return float(reply.poll_seconds)
+
+    def _serve(self, task: Task) -> None:
+        kind = KINDS.get(task.kind, "unknown")
+        if kind == "unknown" or not self.settings.tasks.recalibrate or task.base_digest != self.base.digest:
+            self.metrics.tasks.labels(kind, "skipped").inc()
+            self.show(f"task {task.id}: skipped ({_why_skipped(kind, self.settings)})")
+            return
+        try:
+            images = self._recalibrate(task, kind)
+        except (
+            NotFound,
+            TryAgain,
+        ) as error:  # the version was overtaken, or a meeting fell apart: not this site's fault
+            self.metrics.tasks.labels(kind, "gone").inc()
+            self.show(f"task {task.id}: {error}")
+            return
+        self.metrics.tasks.labels(kind, "done").inc()
+        self.show(f"task {task.id}: {kind} for {task.version} with {images} images")
+
+    def _recalibrate(self, task: Task, kind: str) -> int:
+        """One forward pass over the hospital's images with the merged weights; returns how many were used."""
+        weights = self.settings.state / "tasks" / f"{task.version}.safetensors"
+        self.client.fetch(task.weights, weights, task_id=task.id)
+        network, images, device = build(self.base), self.load_images(), choose_device(self.settings.training.device)
+        load_file(network, weights, self.base.layout)
+        network.to(device)
+        count = min(len(images), self.settings.tasks.max_images, affordable_images(network, self.base, device))
+        measure = partial(recalibrate, network, self.base, images, max_images=count, device=device)
+        if kind == "meeting":
+            with self.client.meet(task, images=count) as meeting:
+                measure(meeting.pool)
+        else:
+            others = self.client.begin_visit(task)
+            result = measure(partial(pooled_with, others))
+            self.client.complete_visit(task, result.moments, images=count)
+        weights.unlink()
+        return count
+
+
+def pooled_with(others: dict[str, Moments], layer: str, own: Moments) -> Moments:
+    """A visitor's own fresh moments, pooled with what earlier visitors left for that layer."""
+    return pool([own, others[layer]]) if layer in others else own
+
+
+def _why_skipped(kind: str, settings: AgentSettings) -> str:
+    if kind == "unknown":
+        return "this agent is too old for it"
+    return "of another base model" if settings.tasks.recalibrate else "switched off in the settings"

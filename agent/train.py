@@ -1,0 +1,480 @@
+"""Fine-tunes the base model on one hospital's images.
+
+One loop, top to bottom. Everything random is drawn from (seed, epoch, step or image), never from what happened before,
+so a training that was stopped anywhere, and started again, ends with the same bits as one that was not.
+Several GPUs: the same file runs once per GPU under torchrun (`python -m agent.train JOB.json`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed, nn
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from agent.recalibrate import own_statistics
+from datavector.data.images import ImageSet
+from datavector.errors import DataVectorError, Interrupted, MergeError, NoImages, NotFinite, UsageError
+from datavector.files import atomic_write, canonical_json, write_json
+from datavector.layout import FloatArray, TensorFile, write_tensors
+from datavector.metrics import Confusion, accuracy, balanced_accuracy, confusion_matrix
+from datavector.model import BaseModel
+from datavector.networks import build, export_tensors, load_file, preprocess
+
+FORMAT = "datavector-training/1"
+CHECKPOINT, BEST, TUNED, RESULT = "checkpoint.pt", "best.safetensors", "tuned.safetensors", "result.json"
+WARM_UP = 0.1  # share of all steps
+ABSENT = 0.5  # images that every class is taken to have beyond its own, so that an absent one has a prior
+BATCHNORM_IMAGES = 1024  # most images over which the tuned model's statistics are measured
+EVALUATION_BATCH = 64
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How to fine-tune.
+
+    Attributes:
+        batch_size: images a step, over all processes together.
+        learning_rate: of AdamW, at its peak; above 1e-3 the vectors no longer add up.
+        weight_decay: of weights; norms and biases have none.
+        label_adjust: strength of the logit adjustment by the class frequencies (arXiv 2007.07314); 0 is plain
+            cross-entropy.
+        workers: processes that prepare images, per training process; 0 prepares them in the training process.
+        device: "auto" takes a GPU where there is one.
+        processes: 0 takes one for each GPU.
+    """
+
+    epochs: int = 8
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    label_adjust: float = 1.0
+    seed: int = 0
+    workers: int = 0
+    device: str = "auto"
+    processes: int = 0
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """How an epoch went. Validation values are NaN where there are no validation images."""
+
+    epoch: int  # 1 for the first
+    epochs: int
+    train_loss: float
+    val_loss: float
+    val_accuracy: float
+    val_balanced_accuracy: float
+    learning_rate: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished training.
+
+    Attributes:
+        weights: file in the base model's layout, with exact BatchNorm statistics over the training images.
+        epoch: the one that was kept, 1 for the first.
+        images: training images.
+        batchnorm_images: how many of them the statistics are from.
+        validation: confusion matrix of the kept weights; all 0 without validation images.
+        history: every epoch.
+    """
+
+    weights: Path
+    epoch: int
+    images: int
+    batchnorm_images: int
+    validation: Confusion
+    history: tuple[EpochReport, ...]
+
+    def tensors(self, base: BaseModel) -> dict[str, FloatArray]:
+        """The tuned weights by name."""
+        with TensorFile(self.weights, base.layout) as file:
+            return {spec.name: file.read(spec.name) for spec in base.layout.tensors}
+
+
+def train(
+    base: BaseModel,
+    train_set: ImageSet,
+    val_set: ImageSet,
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    on_epoch: Callable[[EpochReport], None] = lambda report: None,
+    stop: threading.Event | None = None,
+) -> TrainResult:
+    """Fine-tunes `base`, or goes on with what `folder` holds of the very same training, or returns its result.
+
+    Args:
+        val_set: chooses the epoch that is kept; may be empty, then it is the last.
+        folder: for checkpoints and the tuned weights.
+        on_epoch: called after each epoch's checkpoint.
+        stop: once it is set, training saves where it is and raises Interrupted.
+    Raises:
+        NoImages: fewer than two training images.
+        UsageError: a GPU is demanded and there is none.
+        NotFinite: training diverged.
+        Interrupted: `stop` was set; the same call goes on from there.
+        DiskFull: no space is left.
+    """
+    if len(train_set) < 2:
+        raise NoImages(f"{len(train_set)} training images", remedy="give at least two; some hundred make sense")
+    device = choose_device(settings.device)
+    processes = settings.processes or max(1, torch.cuda.device_count() if device.type == "cuda" else 1)
+    settings = replace(settings, processes=processes)
+    job = Job(base, train_set.images, train_set.labels, val_set.images, val_set.labels, settings, folder)
+    if (result := _finished(job)) is not None:
+        return result
+    stop = stop or threading.Event()
+    if processes > 1:
+        _fit_with_torchrun(job, on_epoch, stop)
+    else:
+        fit(job, device, on_epoch, stop)
+    return _finish(job, train_set, val_set, device)
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a training depends on."""
+
+    base: BaseModel
+    images: torch.Tensor
+    labels: torch.Tensor
+    val_images: torch.Tensor
+    val_labels: torch.Tensor
+    settings: TrainSettings
+    folder: Path
+
+    def key(self) -> str:
+        """A digest of everything that changes the result: a checkpoint of another job is not gone on with."""
+        digest = hashlib.sha256()
+        relevant = {k: v for k, v in asdict(self.settings).items() if k not in ("workers", "device")}
+        digest.update(canonical_json([FORMAT, self.base.digest, relevant, self.images.shape, self.val_images.shape]))
+        for tensor in (self.labels, self.val_labels, self.images, self.val_images):
+            for part in tensor.split(256):
+                digest.update(np.ascontiguousarray(part.numpy()).data)
+        return digest.hexdigest()
+
+
+# --- The loop -------------------------------------------------------------------------------------------------
+
+
+def fit(
+    job: Job,
+    device: torch.device,
+    on_epoch: Callable[[EpochReport], None],
+    stop: threading.Event,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Trains until the last epoch; leaves the best weights in BEST and the whole state in CHECKPOINT."""
+    settings, key = job.settings, job.key()
+    _prepare(device)
+    network = build(job.base).to(device)
+    if device.type == "cuda":
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = network
+    if world > 1:
+        if device.type == "cuda":
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    plain = model.module if world > 1 else model
+    optimizer = torch.optim.AdamW(_parameter_groups(plain, settings.weight_decay), lr=settings.learning_rate)
+    precision = _precision(device)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision is torch.float16)
+    log_prior = class_log_prior(job.labels, len(job.base.classes)).to(device)
+
+    progress = Progress()
+    if (saved := _load_checkpoint(job.folder, key, device)) is not None:
+        plain.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        progress = Progress(**saved["progress"])
+
+    def save() -> None:
+        if rank == 0:
+            parts = {"network": plain.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            with atomic_write(job.folder / CHECKPOINT) as file:
+                torch.save({"format": FORMAT, "key": key, "progress": asdict(progress), **parts}, file)
+
+    samples = Augmented(job.images, job.labels, settings.seed)
+    steps = len(epoch_batches(len(job.labels), settings, 0))
+    while progress.epoch < settings.epochs:
+        epoch, started, first = progress.epoch, time.monotonic(), progress.step
+        batches = epoch_batches(len(job.labels), settings, epoch)[first:]
+        loader = DataLoader(
+            samples.at(epoch),
+            batch_sampler=[batch[rank::world] for batch in batches],
+            num_workers=settings.workers,
+            pin_memory=device.type == "cuda",
+        )
+        model.train()
+        for images, labels in loader:
+            if _agreed(stop, device, world):
+                save()
+                raise Interrupted(
+                    f"training stopped in epoch {epoch + 1} of {settings.epochs}", remedy="start it again to go on"
+                )
+            rate = learning_rate(epoch * steps + progress.step, settings.epochs * steps, settings.learning_rate)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            torch.manual_seed(_mixed(settings.seed, "step", epoch, progress.step, rank))  # dropout, stochastic depth
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            with torch.autocast(device.type, precision, enabled=precision is not torch.float32):
+                logits = model(preprocess(images, job.base.input))
+            loss = functional.cross_entropy(logits.float() + settings.label_adjust * log_prior, labels)
+            optimizer.zero_grad(set_to_none=True)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            progress.loss += loss.item()
+            progress.step += 1
+        if not math.isfinite(progress.loss):
+            raise NotFinite(f"training diverged in epoch {epoch + 1}", remedy="lower learning_rate and train again")
+
+        confusion, val_loss = _validate(plain, job, log_prior, device)
+        report = EpochReport(
+            epoch=epoch + 1,
+            epochs=settings.epochs,
+            train_loss=progress.loss / steps,
+            val_loss=val_loss,
+            val_accuracy=accuracy(confusion),
+            val_balanced_accuracy=balanced_accuracy(confusion),
+            learning_rate=rate,
+            images_per_second=settings.batch_size * (steps - first) / (time.monotonic() - started),
+        )
+        progress.history.append(asdict(report))
+        if _better(report, progress):
+            progress.best, progress.best_loss = epoch + 1, val_loss
+            if rank == 0:
+                _write_weights(job.folder / BEST, job.base, plain)
+        progress.epoch, progress.step, progress.loss = epoch + 1, 0, 0.0
+        save()
+        if rank == 0:
+            on_epoch(report)
+
+
+@dataclass
+class Progress:
+    """Where a training is: `epoch` epochs and `step` steps of the next one are done."""
+
+    epoch: int = 0
+    step: int = 0
+    loss: float = 0.0  # summed over the current epoch's steps
+    best: int = 0
+    best_loss: float = math.inf
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over the first WARM_UP of all steps, then a cosine down to 0."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
+
+
+def class_log_prior(labels: torch.Tensor, classes: int) -> torch.Tensor:
+    """log of the training images' class frequencies, float32 (classes,); ABSENT keeps a missing class finite."""
+    counts = torch.bincount(labels, minlength=classes).double() + ABSENT
+    return (counts / counts.sum()).log().float()
+
+
+def epoch_batches(images: int, settings: TrainSettings, epoch: int) -> list[list[int]]:
+    """Image indices of each step of an epoch, over all processes; images that fill no batch wait for another epoch."""
+    size = settings.batch_size - settings.batch_size % max(1, settings.processes) or settings.processes
+    size = min(size, images)
+    generator = torch.Generator().manual_seed(_mixed(settings.seed, "order", epoch))
+    order = torch.randperm(images, generator=generator).tolist()
+    return [order[begin : begin + size] for begin in range(0, images - size + 1, size)]
+
+
+class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """uint8 training images, each changed at random, in a way that depends on (seed, epoch, index) alone."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, seed: int, epoch: int = 0) -> None:
+        self.images, self.labels, self.seed, self.epoch = images, labels, seed, epoch
+        self.change = v2.Compose(
+            [
+                v2.RandomHorizontalFlip(),
+                v2.RandomVerticalFlip(),
+                v2.RandomAffine(degrees=10, translate=(0.05, 0.05), scale=(0.95, 1.05)),
+                v2.ColorJitter(brightness=0.1, contrast=0.1),
+            ]
+        )
+
+    def at(self, epoch: int) -> Augmented:
+        return Augmented(self.images, self.labels, self.seed, epoch)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_mixed(self.seed, "image", self.epoch, index))
+            return self.change(self.images[index]), self.labels[index]
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module,
+    base: BaseModel,
+    image_set: ImageSet,
+    *,
+    batch_size: int = EVALUATION_BATCH,
+    device: torch.device | str = "cpu",
+) -> Confusion:
+    """Confusion matrix, int64 (classes, classes), of a network in eval mode on uint8 images."""
+    logits = _logits(network, base, image_set.images, batch_size, torch.device(device))
+    return confusion_matrix(image_set.labels.numpy(), logits.argmax(1).numpy(), len(base.classes))
+
+
+def choose_device(wanted: str) -> torch.device:
+    """ "auto", "cpu" or "cuda" to a device.
+
+    Raises:
+        UsageError: a GPU is demanded and there is none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device is cuda, but no GPU is visible", remedy="give the process a GPU, or set device = auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+# --- Its parts ------------------------------------------------------------------------------------------------
+
+
+def _prepare(device: torch.device) -> None:
+    """Same input, same bits, also on a GPU."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _precision(device: torch.device) -> torch.dtype:
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    parameters = list(network.parameters())
+    return [
+        {"params": [each for each in parameters if each.dim() > 1], "weight_decay": weight_decay},
+        {"params": [each for each in parameters if each.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _mixed(*parts: object) -> int:
+    """A 63-bit seed from whatever it shall depend on."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def _agreed(stop: threading.Event, device: torch.device, world: int) -> bool:
+    """Whether any process was told to stop; all must leave the loop at the same step."""
+    if world == 1:
+        return stop.is_set()
+    told = torch.tensor(float(stop.is_set()), device=device)
+    distributed.all_reduce(told)
+    return bool(told.item())
+
+
+def _validate(network: nn.Module, job: Job, log_prior: torch.Tensor, device: torch.device) -> tuple[Confusion, float]:
+    """Confusion matrix and training loss on the validation images."""
+    classes = len(job.base.classes)
+    if not len(job.val_labels):
+        return np.zeros((classes, classes), dtype=np.int64), math.nan
+    logits = _logits(network.eval(), job.base, job.val_images, EVALUATION_BATCH, device)
+    loss = functional.cross_entropy(logits + job.settings.label_adjust * log_prior.cpu(), job.val_labels)
+    return confusion_matrix(job.val_labels.numpy(), logits.argmax(1).numpy(), classes), float(loss)
+
+
+@torch.no_grad()
+def _logits(
+    network: nn.Module, base: BaseModel, images: torch.Tensor, batch_size: int, device: torch.device
+) -> torch.Tensor:
+    network = network.to(device).eval()
+    parts = [network(preprocess(batch.to(device), base.input)).float().cpu() for batch in images.split(batch_size)]
+    return torch.cat(parts) if len(images) else torch.empty((0, len(base.classes)))
+
+
+def _better(report: EpochReport, progress: Progress) -> bool:
+    return math.isnan(report.val_loss) or report.val_loss <= progress.best_loss
+
+
+def _write_weights(path: Path, base: BaseModel, network: nn.Module) -> None:
+    tensors = export_tensors(network)
+    write_tensors(path, base.layout, (tensors[spec.name] for spec in base.layout.tensors))
+
+
+def _load_checkpoint(folder: Path, key: str, device: torch.device) -> dict[str, Any] | None:
+    try:
+        saved: dict[str, Any] = torch.load(folder / CHECKPOINT, map_location=device, weights_only=True)
+    except Exception:  # absent, or left by other software: training starts from its beginning
+        return None
+    return saved if saved.get("format") == FORMAT and saved.get("key") == key else None
+
+
+def _finish(job: Job, train_set: ImageSet, val_set: ImageSet, device: torch.device) -> TrainResult:
+    """Restores exact BatchNorm statistics of the best epoch and writes the result; then the checkpoint can go."""
+    key = job.key()
+    saved = _load_checkpoint(job.folder, key, torch.device("cpu"))
+    if saved is None:
+        raise MergeError(f"{job.folder / CHECKPOINT} is gone", remedy="train again")
+    network = build(job.base).to(device)
+    load_file(network, job.folder / BEST, job.base.layout)
+    measured = own_statistics(
+        network, job.base, train_set, max_images=BATCHNORM_IMAGES, seed=job.settings.seed, device=device
+    )
+    _write_weights(job.folder / TUNED, job.base, network)
+    confusion = evaluate(network, job.base, val_set, device=device)
+    content = {
+        "key": key,
+        "epoch": saved["progress"]["best"],
+        "images": len(train_set),
+        "batchnorm_images": measured.images,
+        "validation": confusion.tolist(),
+        "history": saved["progress"]["history"],
+    }
+    write_json(job.folder / RESULT, content)
+    for name in (CHECKPOINT, BEST):
+        (job.folder / name).unlink(missing_ok=True)
+    return _result(job, content)
+
+
+def _finished(job: Job) -> TrainResult | None:
+    try:
+        content = json.loads((job.folder / RESULT).read_text())
+        return _result(job, content) if content["key"] == job.key() and (job.folder / TUNED).is_file() else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _result(job: Job, content: Mapping[str, Any]) -> TrainResult:
+    return TrainResult(
+        weights=job.folder / TUNED,
+        epoch=content["epoch"],
+        images=content["images"],
+        batchnorm_images=content["batchnorm_images"],
+        validation=np.array(content["validation"], dtype=np.int64),
+        history=tuple(EpochReport(**report) for report in content["history"]),
+    )

@@ -1,0 +1,49 @@
+"""Sends a vector until the aggregator has committed it, whatever happens to the link."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from agent.client import Client, Progress
+from datavector.wire.chunks import CHUNK, frame_chunk
+from datavector.wire.v1.exchange_pb2 import UploadFinal, UploadOpen, UploadRequest, VectorInfo
+
+
+def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progress | None = None) -> str:
+    """Uploads the vector file `path` as `info` describes it.
+
+    Every try asks for the durable offset first, so after a cut only what was in flight is sent again. The same vector
+    once more is answered at once.
+
+    Returns:
+        The vector's name at the aggregator.
+
+    Raises:
+        ArtifactError: the aggregator found the vector altered, of another model, or not finite.
+        AlreadyWithdrawn, QuotaExceeded, DiskFull, Refused: it does not take the vector.
+        Unreachable: the client's patience is at its end.
+        Interrupted: the client was interrupted; calling again goes on from the durable offset.
+    """
+
+    def attempt() -> str:
+        begun = client.begin_upload(info)
+        if begun.committed:
+            return str(begun.vector)
+        return client.send_upload(_messages(path, info, begun.offset, on_progress)).vector
+
+    with client.sending_vector(info):
+        return client.patiently(attempt)
+
+
+def _messages(path: Path, info: VectorInfo, offset: int, on_progress: Progress | None) -> Iterator[bytes]:
+    """open, chunk*, final: serialised, from `offset` on."""
+    yield UploadRequest(open=UploadOpen(vector=info, offset=offset)).SerializeToString()
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        while chunk := file.read(CHUNK):
+            yield frame_chunk(chunk)
+            offset += len(chunk)
+            if on_progress:
+                on_progress(offset, info.size)
+    yield UploadRequest(final=UploadFinal(size=info.size, sha256=info.sha256)).SerializeToString()

@@ -1,0 +1,1 @@
+"""Takes data vectors in, merges them, and releases the result."""

@@ -1,0 +1,155 @@
+"""The gate that every call to the receiver passes: who calls, may they, and how errors leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from aggregator.metrics import Metrics
+from aggregator.resources import utc_now
+from datavector.errors import CertificateError, DataVectorError, Denied, DiskFull, Refused
+from datavector.wire.certs import CertificateReport, read_report
+from datavector.wire.status import status_code, trailers
+
+log = logging.getLogger(__name__)
+
+Behaviour = Callable[[Any, "Call"], Awaitable[Any]]
+
+
+class Call:
+    """A call of a hospital that has passed the gate."""
+
+    def __init__(self, hospital: str, context: grpc.aio.ServicerContext) -> None:
+        self.hospital = hospital
+        self._context = context
+
+    async def read(self) -> Any:
+        """The next message of the request stream, or None when the stream is closed."""
+        message = await self._context.read()
+        return None if message is grpc.aio.EOF else message
+
+    async def write(self, message: Any) -> None:
+        await self._context.write(message)
+
+
+class Gate:
+    """Wraps behaviours `(request, call) -> reply` for gRPC.
+
+    Every call must come over TLS 1.3, with a certificate of the trust domain that is valid now, names a hospital, and
+    is not on the deny list. Errors for people leave with message and remedy; any other is logged and leaves as
+    INTERNAL without its text.
+    """
+
+    def __init__(self, trust_domain: str, deny_list: DenyList, metrics: Metrics) -> None:
+        self._trust_domain = trust_domain
+        self._deny_list = deny_list
+        self._metrics = metrics
+
+    def __call__(self, method: str, behaviour: Behaviour) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]:
+        async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
+            with self._metrics.running_calls.labels(method).track_inprogress():
+                try:
+                    return await behaviour(request, Call(self._admit(context.auth_context()), context))
+                except (DataVectorError, TimeoutError, OSError) as error:
+                    await self._refuse(method, error, context)
+                except (asyncio.CancelledError, grpc.aio.AbortError):
+                    raise
+                except Exception as error:
+                    await self._refuse(method, error, context)
+
+        return guarded
+
+    def _admit(self, session: dict[str, list[bytes]]) -> str:
+        """The hospital at the other end of a TLS session."""
+        if session.get("ssl_tls_version") != [b"TLSv1.3"]:
+            version = b"".join(session.get("ssl_tls_version", [b"an unknown version"])).decode()
+            raise CertificateError(f"this connection uses {version}", remedy="connect with TLS 1.3")
+        peer = _report(session["x509_pem_cert"][0])
+        if peer.identity.trust_domain != self._trust_domain:
+            raise CertificateError(
+                f"this certificate is of the trust domain {peer.identity.trust_domain!r}, here is "
+                f"{self._trust_domain!r}",
+                remedy="use a certificate of this collaboration",
+            )
+        if utc_now() >= peer.not_after:
+            raise CertificateError("this certificate has expired", remedy="ask the aggregation site for a new one")
+        if peer.hospital is None:
+            raise CertificateError("this certificate is the aggregator's own", remedy="use a hospital's certificate")
+        if self._deny_list.names(peer):
+            raise Denied(f"{peer.hospital!r} or its certificate is on the deny list", remedy="ask the aggregation site")
+        return peer.hospital
+
+    async def _refuse(self, method: str, error: Exception, context: grpc.aio.ServicerContext) -> None:
+        outward = _outward(method, error)
+        self._metrics.refused_calls.labels(type(outward).__name__).inc()
+        await context.abort(status_code(outward), str(outward), trailers(outward))
+
+
+def _outward(method: str, error: Exception) -> DataVectorError:
+    """What the caller is told: nothing about this machine."""
+    if isinstance(error, DiskFull):
+        log.error("%s: %s", method, error)
+        outward = DiskFull(Path())
+        outward.args = ("the aggregator's disk is full; nothing of this call was kept",)
+        outward.message, outward.remedy = outward.args[0], "tell the aggregation site, and run it again later"
+        return outward
+    if isinstance(error, DataVectorError):
+        log.info("%s refused: %s", method, error)
+        return error
+    log.error("%s failed", method, exc_info=error)
+    return InternalError(
+        "the aggregator failed on this call", remedy="tell the aggregation site; its log has the cause"
+    )
+
+
+class InternalError(Refused):
+    """A fault of the aggregator itself."""
+
+    status = "INTERNAL"
+
+
+class DenyList:
+    """Hospital names or SHA-256 certificate fingerprints, one a line; `#` begins a comment. Re-read when it changes.
+
+    A deny list that cannot be read denies everybody: a lost mount must not let anyone back in.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._state: tuple[int, int, int] | None = None
+        self._entries: frozenset[str] = frozenset()
+
+    def names(self, peer: CertificateReport) -> bool:
+        """Whether the list holds a hospital or its certificate.
+
+        Raises:
+            Denied: the list cannot be read.
+        """
+        if self._path is None:
+            return False
+        try:
+            status = self._path.stat()
+            state = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if state != self._state:
+                self._entries = _entries(self._path.read_text())
+                self._state = state
+        except (OSError, ValueError) as error:
+            log.error("the deny list %s cannot be read: %s", self._path, error)
+            raise Denied("the aggregator cannot tell whom to deny", remedy="ask the aggregation site") from error
+        return bool(self._entries & {peer.hospital, peer.fingerprint})
+
+
+def _entries(text: str) -> frozenset[str]:
+    lines = (line.partition("#")[0].strip().lower() for line in text.splitlines())
+    return frozenset(line.removeprefix("sha256:").replace(":", "") for line in lines if line)
+
+
+@lru_cache(maxsize=1024)
+def _report(certificate: bytes) -> CertificateReport:
+    return read_report(certificate)

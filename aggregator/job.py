@@ -1,0 +1,175 @@
+"""One stage of a version's work, in a process of its own: `python -m aggregator.job STORE VERSION STAGE`.
+
+merge    adds the vectors to the pretrained weights; needs no torch
+release  restores the BatchNorm statistics and exports the release
+
+A stage reads the store, writes its result atomically and reports last, so a stage that was killed is simply run
+again. The last line on stderr says why a stage failed. Exit codes: 0 done, 1 failed, 2 used wrongly.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from aggregator.resources import CalibrationMode, ModelVersion, utc_now
+from aggregator.store import Store, Visit
+from datavector.errors import DataVectorError, WrongDigest
+from datavector.files import sha256_file
+from datavector.layout import FloatArray, TensorFile, write_tensors
+from datavector.merge import merge_vectors
+from datavector.merge.batchnorm import Moments, pool
+from datavector.model import BaseModel, is_statistic
+from datavector.vector import open_vector
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m aggregator.job", description=__doc__)
+    parser.add_argument("store", type=Path)
+    parser.add_argument("version")
+    parser.add_argument("stage", choices=("merge", "release"))
+    parser.add_argument("--end-with-parent", action="store_true", help="end when standard input is closed")
+    arguments = parser.parse_args()
+    if arguments.end_with_parent:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        run_stage(Store(arguments.store), arguments.version, arguments.stage)
+    except DataVectorError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def run_stage(store: Store, name: str, stage: str) -> None:
+    """Runs a stage and leaves its report in the store.
+
+    Raises:
+        DataVectorError: an input is missing or altered, the disk is full, or the release does not verify.
+    """
+    version = ModelVersion.parse(store.read_version(name))
+    base = store.base(version.spec.base_model_ref)
+    work = {"merge": merge, "release": release}[stage]
+    store.write_report(name, stage, work(store, version, base))
+
+
+def merge(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, Any]:
+    """theta_pre + the merged vectors, with the pretrained BatchNorm statistics."""
+    vectors = [store.blob(entry.hospital, entry.digest) for entry in version.spec.inputs]
+    for entry, path in zip(version.spec.inputs, vectors, strict=True):
+        if not path.is_file() or f"sha256:{sha256_file(path)}" != entry.digest:
+            raise WrongDigest(
+                f"the stored vector {entry.data_vector} is missing or altered",
+                remedy="restore the store's volume, or let the hospital send it again",
+            )
+    method = version.spec.method
+    merge_vectors(base, vectors, method.name, method.parameters, store.merged(version.name))
+    return {"weights_sha256": sha256_file(store.merged(version.name))}
+
+
+def release(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, Any]:
+    """Restores the BatchNorm statistics and writes the release."""
+    from datavector.networks import build, load_file
+    from datavector.release import Lineage, write_release
+
+    calibration, moments = calibrate(store, version, base)
+    calibrated = store.version(version.name) / "calibrated.safetensors"
+    write_restored(calibrated, base, store.merged(version.name), moments)
+    network = build(base)
+    load_file(network, calibrated, base.layout)
+    status, spec = version.status, version.spec
+    lineage = Lineage(
+        version=version.name,
+        created=utc_now().isoformat(timespec="seconds"),
+        inputs=[entry.model_dump(mode="json", by_alias=True) for entry in spec.inputs],
+        inputs_hash=spec.inputs_hash,
+        method=spec.method.name,
+        parameters=spec.method.parameters,
+        calibration=calibration,
+        evaluation={},
+        weights_sha256=status.weights_sha256,
+        calibrated_sha256=sha256_file(calibrated),
+    )
+    folder = write_release(
+        store.release(version.name), network=network, base=base, lineage=lineage, opset=spec.export.opset
+    )
+    return {"calibration": calibration, "release_sha256": sha256_file(folder / "SHA256SUMS")}
+
+
+def calibrate(store: Store, version: ModelVersion, base: BaseModel) -> tuple[dict[str, Any], dict[str, Moments]]:
+    """Which statistics a version gets, and from whom.
+
+    Returns:
+        What the release says of it (mode, hospitals, images, note), and the moments by layer.
+    """
+    wanted = version.spec.calibration.mode
+    if not base.batchnorm_layers:
+        return {"mode": "none", "hospitals": [], "images": 0, "note": "this model has no BatchNorm"}, {}
+    if wanted is CalibrationMode.NONE:
+        return {"mode": "none", "hospitals": [], "images": 0, "note": "pretrained statistics, as the policy says"}, {}
+    visits = [visit for visit in store.visits(version.name) if visit.hospital in version.hospitals]
+    quorum = min(version.spec.calibration.quorum or len(version.hospitals), len(version.hospitals))
+    if wanted is not CalibrationMode.UPLOADED and len(visits) >= quorum:
+        return _described(wanted, visits), _pooled(base, [visit.moments for visit in visits])
+    note = "as the policy says"
+    if wanted is not CalibrationMode.UPLOADED:
+        note = f"last resort: {len(visits)} of {quorum} hospitals took part in a {wanted.value} before the deadline"
+    inputs = version.spec.inputs
+    uploaded = [uploaded_moments(base, store.blob(e.hospital, e.digest), e.sample_count) for e in inputs]
+    images = sum(entry.sample_count for entry in inputs)
+    description = {"mode": "uploaded", "hospitals": list(version.hospitals), "images": images, "note": note}
+    return description, _pooled(base, uploaded)
+
+
+def uploaded_moments(base: BaseModel, vector: Path, sample_count: int) -> dict[str, Moments]:
+    """The statistics of a hospital's own fine-tuned model, weighted by its training images."""
+    with base.open() as pretrained, open_vector(vector, base) as difference:
+        return {
+            layer: Moments(
+                sample_count,
+                *(
+                    (pretrained.read(name) + difference.read(name)).astype("f8")
+                    for name in (f"{layer}.running_mean", f"{layer}.running_var")
+                ),
+            )
+            for layer in base.batchnorm_layers
+        }
+
+
+def write_restored(path: Path, base: BaseModel, merged: Path, moments: dict[str, Moments]) -> None:
+    """Copies merged weights with the statistics of the layers in `moments` replaced."""
+    with TensorFile(merged, base.layout) as weights:
+        write_tensors(path, base.layout, (_restored(weights, spec.name, moments) for spec in base.layout.tensors))
+
+
+def _restored(weights: TensorFile, name: str, moments: dict[str, Moments]) -> FloatArray:
+    layer, _, kind = name.rpartition(".")
+    if not is_statistic(name) or layer not in moments:
+        return weights.read(name)
+    restored = moments[layer]
+    return (restored.mean if kind == "running_mean" else restored.variance).astype("f4")
+
+
+def _pooled(base: BaseModel, moments: list[dict[str, Moments]]) -> dict[str, Moments]:
+    return {layer: pool([each[layer] for each in moments]) for layer in base.batchnorm_layers}
+
+
+def _described(mode: CalibrationMode, visits: list[Visit]) -> dict[str, Any]:
+    return {
+        "mode": mode.value,
+        "hospitals": [visit.hospital for visit in visits],
+        "images": sum(visit.images for visit in visits),
+        "note": f"{max(visit.rounds for visit in visits)} visit(s) a hospital" if mode is CalibrationMode.VISIT else "",
+    }
+
+
+def _end_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

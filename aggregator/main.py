@@ -1,0 +1,136 @@
+"""The embedded aggregator as a process: `datavector aggregator`, and `datavector status` beside it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from aggregator.embedded import Reconciler
+from aggregator.metrics import Metrics
+from aggregator.receiver import Receiver, ReceiverSettings
+from aggregator.registry import SqliteRegistry
+from aggregator.resources import ModelVersion, load_policies
+from aggregator.settings import AggregatorSettings
+from aggregator.store import Store
+from datavector.console import say
+from datavector.errors import UsageError
+
+STOP_SECONDS = 5.0
+REGISTRY = "registry.sqlite"
+
+
+def run(settings: AggregatorSettings) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: the policy file is wrong.
+        BaseModelError: the base model to import is missing or altered.
+        CertificateError: the aggregator's own certificate cannot be used.
+    """
+    logging.getLogger("aggregator").setLevel(logging.INFO)
+    policies = load_policies(settings.policy)
+    store = Store(settings.store)
+    if settings.base is not None:
+        store.import_base(settings.base)
+    for policy in policies:
+        store.base(policy.spec.base_model_ref)
+    registry = SqliteRegistry(store.root / REGISTRY)
+    registry.set_policies(policies)
+    try:
+        asyncio.run(_serve(settings, store, registry))
+    finally:
+        registry.close()
+
+
+async def _serve(settings: AggregatorSettings, store: Store, registry: SqliteRegistry) -> None:
+    metrics = Metrics()
+    waiting: dict[str, str] = {}
+
+    def settled(sentences: dict[str, str]) -> None:
+        metrics.count_objects(registry.vectors(), registry.versions())
+        for name, sentence in sentences.items():
+            if waiting.get(name) != sentence:
+                say(f"{name}: waiting for {sentence}")
+        waiting.update(sentences)
+
+    reconciler = Reconciler(store, registry, settled)
+    receiver = Receiver(store, registry, _receiver_settings(settings), reconciler.wake, waiting, metrics)
+    if settings.metrics_port:
+        metrics.serve(settings.metrics_port)
+    address = await receiver.start()
+    say(f"listening on {address} (mutual TLS 1.3, trust domain {settings.tls.trust_domain})")
+    reconciling = asyncio.create_task(reconciler.run(), name="reconcile")
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    stopping = asyncio.create_task(stop.wait(), name="wait for a signal")
+    await asyncio.wait((reconciling, stopping), return_when=asyncio.FIRST_COMPLETED)
+    await receiver.stop(STOP_SECONDS)
+    stopping.cancel()
+    if reconciling.done():
+        reconciling.result()
+    reconciling.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await reconciling
+    say("stopped; starting again goes on from here")
+
+
+def _receiver_settings(settings: AggregatorSettings) -> ReceiverSettings:
+    tls, limits = settings.tls, settings.limits
+    return ReceiverSettings(
+        listen=settings.listen,
+        trust_domain=tls.trust_domain,
+        certificate=tls.certificate,
+        key=tls.key,
+        ca=tls.ca,
+        deny_list=tls.deny_list,
+        idle_timeout_seconds=limits.idle_timeout_seconds,
+        max_uploads_per_hospital=limits.uploads_per_hospital,
+        max_vectors_per_hospital=limits.vectors_per_hospital,
+        max_connection_age_seconds=limits.max_connection_age_seconds,
+        poll_seconds=limits.poll_seconds,
+    )
+
+
+def print_status(root: Path) -> None:
+    """Prints vectors, versions and what the policies wait for, from the store of a running or stopped aggregator.
+
+    Raises:
+        UsageError: there is no registry in that folder.
+    """
+    if not (root / REGISTRY).is_file():
+        raise UsageError(
+            f"{root} holds no {REGISTRY}", remedy="give the folder that `datavector aggregator --store` has"
+        )
+    store, registry = Store(root), SqliteRegistry(root / REGISTRY)
+    console = Console()
+    vectors = Table("vector", "hospital", "sequence", "images", "stored", "consent", "erased", title="Data vectors")
+    for vector in registry.vectors():
+        spec, status = vector.spec, vector.status
+        vectors.add_row(
+            vector.name, spec.hospital, str(spec.sequence), str(spec.sample_count),
+            f"{status.stored_at:%Y-%m-%d %H:%M:%SZ}", spec.consent.value, "yes" if status.erased_at else "no",
+        )  # fmt: skip
+    versions = Table("version", "hospitals", "method", "phase", "calibration", "message", title="Model versions")
+    for version in sorted(registry.versions(), key=lambda version: version.status.phase.value):
+        versions.add_row(*_version_row(version))
+    console.print(vectors, versions)
+    reconciler = Reconciler(store, registry, lambda _: None)
+    for policy in registry.policies():
+        console.print(f"{policy.name} waits for {reconciler.explain(policy)}")
+    registry.close()
+
+
+def _version_row(version: ModelVersion) -> tuple[str, ...]:
+    status = version.status
+    calibration = f"{status.calibration['mode']}, {status.calibration['images']} images" if status.calibration else ""
+    return (
+        version.name, ", ".join(version.hospitals), version.spec.method.name, status.phase.value, calibration,
+        status.message,
+    )  # fmt: skip

@@ -1,0 +1,44 @@
+"""What the aggregator tells Prometheus (https://prometheus.io/docs/practices/naming)."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+from aggregator.resources import Consent, DataVector, ModelVersion, Phase
+
+
+class Metrics:
+    """Metrics of one aggregator, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.received_bytes = self._counter("received_bytes", "Bytes of vectors that arrived, repeated ones included.")
+        self.resumed_bytes = self._counter("resumed_bytes", "Bytes that were here already when an upload went on.")
+        self.fetched_bytes = self._counter("fetched_bytes", "Bytes of bases, merged weights and releases sent out.")
+        self.uploads = self._counter("uploads", "Upload streams by how they ended.", "outcome")
+        self.visits = self._counter("visits", "Calibration moments of hospitals that were stored, by mode.", "mode")
+        self.refused_calls = self._counter("refused_calls", "Calls that ended with an error, by its class.", "reason")
+        self.running_calls = Gauge(
+            "datavector_receiver_running_calls", "Calls that are running now.", ("method",), registry=self.registry
+        )
+        self.vectors = Gauge("datavector_vectors", "Vectors by consent.", ("consent",), registry=self.registry)
+        self.versions = Gauge("datavector_versions", "Model versions by phase.", ("phase",), registry=self.registry)
+
+    def serve(self, port: int) -> None:
+        """Serves the metrics over HTTP, in a thread of its own."""
+        start_http_server(port, registry=self.registry)
+
+    def count_objects(self, vectors: Iterable[DataVector], versions: Iterable[ModelVersion]) -> None:
+        """Sets the gauges of objects to what there is now."""
+        consents = Tally(vector.spec.consent for vector in vectors)
+        phases = Tally(version.status.phase for version in versions)
+        for consent in Consent:
+            self.vectors.labels(consent.value).set(consents[consent])
+        for phase in Phase:
+            self.versions.labels(phase.value).set(phases[phase])
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"datavector_receiver_{name}", text, labels, registry=self.registry)

@@ -1,0 +1,480 @@
+"""The receiver: the one service that agents dial, over mutual TLS 1.3. It never imports torch.
+
+It answers who is who, hands out base models, tasks and releases, takes vectors and calibration moments, and takes
+vectors back. What follows from that is decided elsewhere: it only calls `wake`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from aggregator.calibration import Calibrations, batchnorm_channels
+from aggregator.gate import Behaviour, Call, DenyList, Gate
+from aggregator.metrics import Metrics
+from aggregator.registry import Registry
+from aggregator.resources import MergePolicy, ModelVersion, Phase
+from aggregator.store import Store
+from aggregator.uploads import Arrival, Uploads
+from datavector.errors import BaseModelError, CertificateError, NotFound, NotReady, ProtocolError, TryAgain, UsageError
+from datavector.files import sha256_file
+from datavector.merge.batchnorm import Moments
+from datavector.model import FILES, BaseModel
+from datavector.wire.certs import TRUST_DOMAIN, check_certificate
+from datavector.wire.chunks import CHUNK, MAX_MESSAGE, read_request
+from datavector.wire.moments import from_message, to_message
+from datavector.wire.v1 import exchange_pb2
+from datavector.wire.v1.exchange_pb2 import (
+    BeginUploadReply,
+    BeginVisitRequest,
+    Chunk,
+    DescribeReleaseReply,
+    DescribeReleaseRequest,
+    DescribeReply,
+    DescribeRequest,
+    FetchRequest,
+    FileInfo,
+    ListTasksReply,
+    ListTasksRequest,
+    PolicyInfo,
+    Task,
+    TaskKind,
+    UploadReply,
+    VectorInfo,
+    VisitReply,
+    WithdrawReply,
+    WithdrawRequest,
+)
+
+log = logging.getLogger(__name__)
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+SERVICE = exchange_pb2.DESCRIPTOR.services_by_name["Exchange"]
+
+
+@dataclass(frozen=True)
+class ReceiverSettings:
+    """What a receiver needs to know.
+
+    Attributes:
+        listen: address:port; port 0 takes a free one, which `Receiver.port` then tells.
+        trust_domain: hospitals' certificates must name it.
+        deny_list: file of hospital names or SHA-256 certificate fingerprints, one a line; re-read when it changes.
+        idle_timeout_seconds: how long a stream may be silent.
+        max_uploads_per_hospital: open at once.
+        max_vectors_per_hospital: kept at once.
+        max_connection_age_seconds: after that a connection takes no new calls, so that a rotated or withdrawn
+            certificate is noticed; running calls have as long again.
+        poll_seconds: how often agents are told to ask for tasks.
+        meeting_grace_seconds: how long a meeting with a full quorum waits for the rest.
+    """
+
+    listen: str
+    certificate: Path
+    key: Path
+    ca: Path
+    trust_domain: str = TRUST_DOMAIN
+    deny_list: Path | None = None
+    idle_timeout_seconds: float = 30
+    max_uploads_per_hospital: int = 2
+    max_vectors_per_hospital: int = 16
+    max_connection_age_seconds: float = 600
+    poll_seconds: int = 15
+    meeting_grace_seconds: float = 3
+
+
+class Receiver:
+    """Serves the Exchange service.
+
+    All state is touched in the event loop's thread only, so a step without `await` is atomic.
+
+    Args:
+        wake: called after every commit, withdrawal, finished visit and meeting.
+        waiting_for: what each policy waits for, as a sentence; whoever knows keeps it current.
+
+    Attributes:
+        port: the port, once started.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        registry: Registry,
+        settings: ReceiverSettings,
+        wake: Callable[[], None],
+        waiting_for: Mapping[str, str] | None = None,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.store = store
+        self.registry = registry
+        self.settings = settings
+        self.metrics = metrics or Metrics()
+        self.waiting_for = {} if waiting_for is None else waiting_for
+        self.port = 0
+        self._wake = wake
+        self._bases: dict[str, BaseModel] = {}
+        self._uploads = Uploads(
+            store,
+            registry,
+            self.metrics,
+            idle_timeout_seconds=settings.idle_timeout_seconds,
+            max_open=settings.max_uploads_per_hospital,
+            max_kept=settings.max_vectors_per_hospital,
+        )
+        self._calibrations = Calibrations(
+            store,
+            self.metrics,
+            wake,
+            grace_seconds=settings.meeting_grace_seconds,
+            idle_timeout_seconds=settings.idle_timeout_seconds,
+            poll_seconds=settings.poll_seconds,
+        )
+        self._server: grpc.aio.Server | None = None
+        self._health = health.aio.HealthServicer()
+
+    async def start(self) -> str:
+        """Begins to listen.
+
+        Returns:
+            address:port.
+
+        Raises:
+            CertificateError: a certificate file cannot be used.
+            UsageError: the address cannot be listened on.
+        """
+        settings = self.settings
+        report = check_certificate(settings.certificate, settings.key, settings.ca)
+        if report.hospital is not None:
+            raise CertificateError(
+                f"{settings.certificate} is the certificate of hospital {report.hospital!r}",
+                remedy="issue one for the aggregator: datavector certs issue --server NAME",
+            )
+        self._bases = {base.digest: base for base in await asyncio.to_thread(self.store.bases)}
+        self._server = grpc.aio.server(options=_options(settings.max_connection_age_seconds))
+        self._server.add_generic_rpc_handlers((self._handlers(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        credentials = grpc.ssl_server_credentials(
+            [(settings.key.read_bytes(), settings.certificate.read_bytes())],
+            root_certificates=settings.ca.read_bytes(),
+            require_client_auth=True,
+        )
+        try:
+            self.port = self._server.add_secure_port(settings.listen, credentials)
+        except RuntimeError as error:
+            raise UsageError(f"{settings.listen} cannot be listened on", remedy="choose a free port") from error
+        await self._server.start()
+        for name in ("", SERVICE.full_name):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return f"{settings.listen.rpartition(':')[0]}:{self.port}"
+
+    async def stop(self, grace: float | None = 5) -> None:
+        """Takes no new calls, gives running ones `grace` seconds, and finishes commits."""
+        await self._health.enter_graceful_shutdown()
+        if self._server:
+            await self._server.stop(grace)
+        await self._uploads.finish_commits()
+
+    def _handlers(self) -> grpc.GenericRpcHandler:
+        """Every method of the service with its behaviour behind the gate."""
+        gate = Gate(self.settings.trust_domain, DenyList(self.settings.deny_list), self.metrics)
+        behaviours: dict[str, Behaviour] = {
+            "Describe": self._describe,
+            "Fetch": self._fetch,
+            "BeginUpload": self._begin_upload,
+            "Upload": self._upload,
+            "Withdraw": self._withdraw,
+            "ListTasks": self._list_tasks,
+            "BeginVisit": self._begin_visit,
+            "CompleteVisit": self._complete_visit,
+            "Meet": self._meet,
+            "DescribeRelease": self._describe_release,
+        }
+        return grpc.method_handlers_generic_handler(
+            SERVICE.full_name,
+            {name: _handler(SERVICE.methods_by_name[name], gate(name, run)) for name, run in behaviours.items()},
+        )
+
+    # --- Base models, releases, files
+
+    async def _describe(self, _: DescribeRequest, call: Call) -> DescribeReply:
+        policies = []
+        for policy in self.registry.policies():
+            base = await self._base_of(policy)
+            ready = self._ready(policy.name)
+            policies.append(
+                PolicyInfo(
+                    name=policy.name,
+                    base_digest=base.digest if base else "",
+                    base_files=await _infos({name: base.path / name for name in FILES}) if base else (),
+                    waiting_for=self.waiting_for.get(policy.name, ""),
+                    ready_version=ready.name if ready else "",
+                    last_sequence=self._last_sequence(call.hospital, base) if base else 0,
+                )
+            )
+        return DescribeReply(hospital=call.hospital, policies=policies)
+
+    async def _describe_release(self, request: DescribeReleaseRequest, _: Call) -> DescribeReleaseReply:
+        policy = request.policy or self._only_policy()
+        version = self._ready(policy)
+        if version is None:
+            waiting_for = self.waiting_for.get(policy, "")
+            raise NotReady(
+                f"policy {policy!r} has no Ready version" + (f" ({waiting_for})" if waiting_for else ""),
+                remedy="try again later",
+            )
+        return DescribeReleaseReply(version=version.name, files=await _infos(self._release_files(version.name)))
+
+    async def _fetch(self, request: FetchRequest, call: Call) -> None:
+        path = await self._source(request, call.hospital)
+        size = path.stat().st_size
+        if request.offset > size:
+            raise ProtocolError(
+                f"{request.file} has {size} bytes, none at {request.offset}", remedy="fetch it from its start"
+            )
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(None) as timer:
+                with path.open("rb", buffering=0) as file:
+                    file.seek(request.offset)
+                    while block := await asyncio.to_thread(file.read, CHUNK):
+                        timer.reschedule(loop.time() + self.settings.idle_timeout_seconds)
+                        await call.write(Chunk(data=block))
+                        timer.reschedule(None)
+                        self.metrics.fetched_bytes.inc(len(block))
+        except TimeoutError:
+            raise TryAgain("nobody takes the file's bytes", remedy="fetch the rest") from None
+
+    async def _source(self, request: FetchRequest, hospital: str) -> Path:
+        """The file that a request names; only names that this store has are ever made into paths."""
+        match request.WhichOneof("source"):
+            case "base_digest":
+                base = await self._base(request.base_digest)
+                files = {name: base.path / name for name in FILES}
+            case "task_id":
+                offer = self._calibrations.offer(hospital, request.task_id)
+                merged = self.store.merged(offer.calibration.version)
+                files = {merged.name: merged}
+            case "release":
+                files = self._release_files(request.release)
+            case _:
+                files = {}
+        path = files.get(request.file)
+        if path is None or not path.is_file():
+            raise NotFound(
+                f"there is no file {request.file!r} in what was asked for", remedy="fetch a file of its list"
+            )
+        return path
+
+    def _release_files(self, name: str) -> dict[str, Path]:
+        version = next((version for version in self.registry.versions() if version.name == name), None)
+        if version is None or version.status.phase is not Phase.READY:
+            raise NotReady(f"{name!r} is no Ready version", remedy="ask for the newest: datavector release fetch")
+        folder = self.store.release(name)
+        paths = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): path for path in paths}
+
+    def _ready(self, policy: str) -> ModelVersion | None:
+        """The newest Ready version of a policy."""
+        ready = [
+            version
+            for version in self.registry.versions()
+            if version.spec.policy_ref == policy and version.status.phase is Phase.READY
+        ]
+        return max(ready, key=lambda version: (version.status.ready_at, version.name), default=None)
+
+    def _only_policy(self) -> str:
+        names = [policy.name for policy in self.registry.policies()]
+        if len(names) != 1:
+            raise NotFound(f"there are {len(names)} policies: {', '.join(names)}", remedy="name one: --policy NAME")
+        return names[0]
+
+    def _last_sequence(self, hospital: str, base: BaseModel) -> int:
+        specs = [vector.spec for vector in self.registry.vectors()]
+        return max(
+            (spec.sequence for spec in specs if (spec.hospital, spec.base_model_ref) == (hospital, base.digest)),
+            default=0,
+        )
+
+    # --- Vectors
+
+    async def _begin_upload(self, info: VectorInfo, call: Call) -> BeginUploadReply:
+        return await self._uploads.begin(await self._arrival(info, call.hospital))
+
+    async def _upload(self, _: object, call: Call) -> UploadReply:
+        try:
+            async with asyncio.timeout(self.settings.idle_timeout_seconds):
+                first = read_request(await call.read() or b"")
+        except TimeoutError:
+            raise TryAgain("an upload did not begin", remedy="begin again") from None
+        if isinstance(first, memoryview) or first.WhichOneof("part") != "open":
+            raise ProtocolError("an upload did not begin with its announcement", remedy="send open, chunks, final")
+        arrival = await self._arrival(first.open.vector, call.hospital)
+        vector = await self._uploads.receive(arrival, first.open.offset, call.read)
+        self._wake()
+        return UploadReply(vector=vector.name)
+
+    async def _arrival(self, info: VectorInfo, hospital: str) -> Arrival:
+        merged = [base for policy in self.registry.policies() if (base := await self._base_of(policy))]
+        base = next((base for base in merged if base.digest == info.base_digest), None)
+        if base is None:
+            names = ", ".join(f"{base.name} ({base.digest})" for base in merged) or "none yet"
+            raise BaseModelError(
+                f"no policy merges vectors of the base model {info.base_digest!r}; merged are those of: {names}",
+                remedy="fetch that base and train again",
+            )
+        return Arrival.parse(hospital, base, info)
+
+    async def _withdraw(self, request: WithdrawRequest, call: Call) -> WithdrawReply:
+        vectors, versions = self.registry.withdraw(call.hospital, request.base_digest or None)
+        self._uploads.forget(call.hospital)
+        self._wake()
+        log.info("%s withdrew %d vectors (%r)", call.hospital, len(vectors), request.reason)
+        return WithdrawReply(
+            vectors=[vector.name for vector in vectors], revoked_versions=[version.name for version in versions]
+        )
+
+    # --- Tasks
+
+    async def _list_tasks(self, _: ListTasksRequest, call: Call) -> ListTasksReply:
+        tasks = []
+        for offer in self._calibrations.offers(call.hospital):
+            merged = self.store.merged(offer.calibration.version)
+            kind = TaskKind.TASK_KIND_RECALIBRATE_MEETING if offer.is_meeting else TaskKind.TASK_KIND_RECALIBRATE_VISIT
+            tasks.append(
+                Task(
+                    id=offer.id,
+                    kind=kind,
+                    version=offer.calibration.version,
+                    base_digest=offer.calibration.base_digest,
+                    weights=(await _infos({merged.name: merged}))[0],
+                    round=offer.round,
+                )
+            )
+        return ListTasksReply(tasks=tasks, poll_seconds=self.settings.poll_seconds)
+
+    async def _begin_visit(self, request: BeginVisitRequest, call: Call) -> None:
+        for layer, moments in self._calibrations.pooled(call.hospital, request.task_id).items():
+            await call.write(to_message(layer, moments))
+
+    async def _complete_visit(self, _: object, call: Call) -> VisitReply:
+        try:
+            async with asyncio.timeout(self.settings.idle_timeout_seconds):
+                opened = _part(await call.read(), "open")
+                base = await self._task_base(call.hospital, opened.task_id)
+                moments: dict[str, Moments] = {}
+                channels = batchnorm_channels(base)
+                while (message := await call.read()) and message.WhichOneof("part") == "layer":
+                    if message.layer.layer in moments:
+                        raise ProtocolError(f"layer {message.layer.layer!r} came twice", remedy="visit again")
+                    moments[message.layer.layer] = from_message(message.layer, channels)
+        except TimeoutError:
+            raise TryAgain("a visit did not end in time", remedy="visit again") from None
+        final = _part(message, "final")
+        if final.layers != len(moments):
+            raise ProtocolError(f"{len(moments)} layers came, {final.layers} were sent", remedy="visit again")
+        waiting_for = self._calibrations.complete(call.hospital, opened.task_id, base, final.images, moments)
+        return VisitReply(waiting_for=waiting_for)
+
+    async def _meet(self, _: object, call: Call) -> None:
+        try:
+            async with asyncio.timeout(self.settings.idle_timeout_seconds):
+                join = _part(await call.read(), "join")
+        except TimeoutError:
+            raise TryAgain("nobody joined", remedy="join again") from None
+        offer = self._calibrations.offer(call.hospital, join.task_id)
+        if not offer.is_meeting or join.images < 1:
+            raise ProtocolError(f"{join.task_id!r} is no meeting, or no image is used", remedy="ask for tasks again")
+        base = await self._base(offer.calibration.base_digest)
+        await self._calibrations.meet(call.hospital, offer, base, join.images, call.read, call.write)
+
+    async def _task_base(self, hospital: str, task_id: str) -> BaseModel:
+        return await self._base(self._calibrations.calibration(hospital, task_id).base_digest)
+
+    # --- Base models
+
+    async def _base(self, digest: str) -> BaseModel:
+        """A base model of the store by digest. Verifying one takes a while, so those seen are remembered.
+
+        Raises:
+            NotFound: the store does not have it.
+        """
+        if digest not in self._bases and _DIGEST.fullmatch(digest) and self.store.base_file(digest, FILES[0]):
+            self._bases[digest] = await asyncio.to_thread(self.store.base, digest)
+        if digest not in self._bases:
+            raise NotFound(f"there is no base model {digest!r} here", remedy="ask which ones there are: Describe")
+        return self._bases[digest]
+
+    async def _base_of(self, policy: MergePolicy) -> BaseModel | None:
+        reference = policy.spec.base_model_ref
+        for base in self._bases.values():
+            if reference in (base.digest, base.name):
+                return base
+        try:
+            base = await asyncio.to_thread(self.store.base, reference)
+        except BaseModelError:
+            return None
+        return self._bases.setdefault(base.digest, base)
+
+
+def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> grpc.RpcMethodHandler:
+    """gRPC's description of a method. Uploads come as bytes: see datavector.wire.chunks."""
+    kinds = {False: "unary", True: "stream"}
+    make = getattr(grpc, f"{kinds[method.client_streaming]}_{kinds[method.server_streaming]}_rpc_method_handler")
+    request = getattr(exchange_pb2, method.input_type.name)
+    handler: grpc.RpcMethodHandler = make(
+        behaviour,
+        request_deserializer=None if method.name == "Upload" else request.FromString,
+        response_serializer=getattr(exchange_pb2, method.output_type.name).SerializeToString,
+    )
+    return handler
+
+
+def _options(max_connection_age_seconds: float) -> list[tuple[str, int]]:
+    age = int(max_connection_age_seconds * 1000)
+    return [
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", MAX_MESSAGE),
+        ("grpc.max_send_message_length", MAX_MESSAGE),
+        ("grpc.max_connection_age_ms", age),
+        ("grpc.max_connection_age_grace_ms", age),
+        ("grpc.keepalive_time_ms", 20_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.max_metadata_size", 16 << 10),
+    ]
+
+
+def _part(message: Any, name: str) -> Any:
+    """The demanded part of a stream's message."""
+    found = message.WhichOneof("part") if message is not None else "the stream's end"
+    if found != name:
+        raise ProtocolError(f"{name!r} was due, but {found!r} came", remedy="use a matching version")
+    return getattr(message, name)
+
+
+async def _infos(files: dict[str, Path]) -> list[FileInfo]:
+    """Size and digest of files, by name."""
+    infos = []
+    for name, path in files.items():
+        status = path.stat()
+        sha256 = await asyncio.to_thread(_sha256, path, status.st_size, status.st_mtime_ns, status.st_ino)
+        infos.append(FileInfo(name=name, size=status.st_size, sha256=sha256))
+    return infos
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: Path, size: int, mtime_ns: int, inode: int) -> str:  # noqa: ARG001  they tell when it has changed
+    return sha256_file(path)

@@ -1,0 +1,421 @@
+"""What should happen next: a pure function of the objects and the time. No I/O, no clock, no Kubernetes.
+
+`plan` looks at one policy's objects and returns actions; whoever carries them out asks again until nothing but
+waiting is left. Asking twice, or again after a crash, gives the same objects: names are deterministic and every
+action may be repeated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Literal
+
+from aggregator.resources import (
+    CalibrationMode,
+    Consent,
+    DataVector,
+    MergePolicy,
+    Metadata,
+    ModelVersion,
+    Phase,
+    VersionInput,
+    VersionSpec,
+)
+from datavector.files import canonical_json
+
+Stage = Literal["merge", "release"]
+
+ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class Base:
+    """What reconciliation needs to know of a base model."""
+
+    digest: str
+    has_batchnorm: bool
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything that decides about one policy.
+
+    Attributes:
+        base: the policy's base model, or None while the store lacks it.
+        reports: what finished job stages reported, by version and stage.
+        visits: rounds done, by version and hospital.
+        running: versions with a running job.
+        on_disk: versions with files in the store.
+    """
+
+    policy: MergePolicy
+    base: Base | None
+    vectors: tuple[DataVector, ...] = ()
+    versions: tuple[ModelVersion, ...] = ()
+    reports: Mapping[tuple[str, Stage], Mapping[str, Any]] = field(default_factory=dict)
+    visits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    running: frozenset[str] = frozenset()
+    on_disk: frozenset[str] = frozenset()
+
+
+# --- Actions --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CreateVersion:
+    version: ModelVersion
+
+
+@dataclass(frozen=True)
+class Save:
+    """Replaces an object by its next state."""
+
+    resource: ModelVersion | DataVector
+
+
+@dataclass(frozen=True)
+class RunJob:
+    version: str
+    stage: Stage
+
+
+@dataclass(frozen=True)
+class StopJob:
+    version: str
+
+
+@dataclass(frozen=True)
+class AskHospitals:
+    """Opens a version's calibration: its hospitals are asked when they next look for tasks."""
+
+    version: ModelVersion
+    quorum: int
+
+
+@dataclass(frozen=True)
+class StopAsking:
+    version: str
+
+
+@dataclass(frozen=True)
+class EraseVersion:
+    """Removes a version's files; its object stays."""
+
+    version: str
+
+
+@dataclass(frozen=True)
+class EraseBlob:
+    vector: DataVector
+
+
+@dataclass(frozen=True)
+class WakeAt:
+    time: datetime
+
+
+Action = CreateVersion | Save | RunJob | StopJob | AskHospitals | StopAsking | EraseVersion | EraseBlob | WakeAt
+
+
+def plan(world: World, now: datetime) -> list[Action]:
+    """The next actions for one policy, in the order in which they must be carried out.
+
+    A withdrawal comes before everything else: as long as a version with a withdrawn vector is not Revoked, nothing
+    but its revocation is planned.
+    """
+    if revoked := revocations(world.vectors, world.versions, now):
+        return [Save(version) for version in revoked]
+    newer = _next_version(world, now)
+    overtaken = {action.resource.name for action in newer if isinstance(action, Save)}
+    return [*newer, *_progress(world, now, skip=overtaken), *_clear(world, now)]
+
+
+def sweep(worlds: Sequence[World], vectors: Sequence[DataVector], now: datetime) -> list[Action]:
+    """Erases the blobs that no policy needs: of withdrawn vectors, and of replaced ones without a living version."""
+    needed = set()
+    for world in worlds:
+        needed |= {vector.name for vector in eligible(world)}
+        for version in world.versions:
+            phase = version.status.phase
+            if phase.unfinished or phase is Phase.READY or version.name in world.running:
+                needed |= version.vectors
+    replaced = _replaced(vectors)
+    actions: list[Action] = []
+    for vector in vectors:
+        unwanted = not vector.granted or vector.name in replaced
+        if unwanted and vector.name not in needed and vector.status.erased_at is None:
+            status = vector.status.model_copy(update={"erased_at": now})
+            actions += [EraseBlob(vector), Save(vector.model_copy(update={"status": status}))]
+    return actions
+
+
+def revocations(vectors: Iterable[DataVector], versions: Iterable[ModelVersion], now: datetime) -> list[ModelVersion]:
+    """Versions that contain a withdrawn vector and are not Revoked yet, as Revoked."""
+    withdrawn = {vector.name for vector in vectors if not vector.granted}
+    return [
+        version.with_phase(
+            Phase.REVOKED, now=now, message=f"{', '.join(sorted(version.vectors & withdrawn))} was withdrawn"
+        )
+        for version in versions
+        if version.status.phase is not Phase.REVOKED and version.vectors & withdrawn
+    ]
+
+
+def withdraw(
+    vectors: Iterable[DataVector],
+    versions: Iterable[ModelVersion],
+    hospital: str,
+    base_digest: str | None,
+    now: datetime,
+) -> tuple[list[DataVector], list[ModelVersion]]:
+    """A hospital's vectors (of one base, or all) as Withdrawn, and the versions that contain one as Revoked."""
+    taken_back = [
+        _withdrawn(vector, now)
+        for vector in vectors
+        if vector.spec.hospital == hospital and base_digest in (None, vector.spec.base_model_ref)
+    ]
+    names = {vector.name for vector in taken_back}
+    versions = [version for version in versions if version.vectors & names]
+    already = [version for version in versions if version.status.phase is Phase.REVOKED]
+    return taken_back, [*already, *revocations(taken_back, versions, now)]
+
+
+def eligible(world: World) -> tuple[DataVector, ...]:
+    """The newest vector of each hospital for the policy's base, where consent stands; sorted by digest.
+
+    A hospital whose newest vector is withdrawn is out: an older one does not take its place.
+    """
+    newest: dict[str, DataVector] = {}
+    for vector in world.vectors:
+        if world.base and vector.spec.base_model_ref == world.base.digest:
+            known = newest.get(vector.spec.hospital)
+            if known is None or known.spec.sequence < vector.spec.sequence:
+                newest[vector.spec.hospital] = vector
+    granted = (vector for vector in newest.values() if vector.granted)
+    return tuple(sorted(granted, key=lambda vector: vector.spec.artifact.digest))
+
+
+def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersion:
+    """The version that merges `vectors` as the policy says; equal inputs have equal names."""
+    assert world.base  # noqa: S101  the caller has vectors of it
+    spec = world.policy.spec
+    content = {
+        "base": world.base.digest,
+        "inputs": [vector.spec.artifact.digest for vector in vectors],
+        "settings": [part.model_dump(mode="json") for part in (spec.method, spec.calibration, spec.export)],
+    }
+    inputs_hash = hashlib.sha256(canonical_json(content)).hexdigest()
+    return ModelVersion(
+        metadata=Metadata(name=f"{world.policy.name}-{inputs_hash[:10]}"),
+        spec=VersionSpec(
+            policy_ref=world.policy.name,
+            base_model_ref=world.base.digest,
+            inputs=tuple(
+                VersionInput(
+                    data_vector=vector.name,
+                    hospital=vector.spec.hospital,
+                    digest=vector.spec.artifact.digest,
+                    sample_count=vector.spec.sample_count,
+                )
+                for vector in vectors
+            ),
+            inputs_hash=inputs_hash,
+            method=spec.method,
+            calibration=spec.calibration,
+            export=spec.export,
+        ),
+    )
+
+
+def due(world: World, vectors: tuple[DataVector, ...]) -> datetime | None:
+    """When `vectors` are to be merged: None for at once.
+
+    Arrivals wait for quiet, at most maxWaitSeconds after there were enough hospitals. A withdrawal or a changed
+    policy brings nothing new to wait for.
+    """
+    merged = {name for version in world.versions for name in version.vectors}
+    arrivals = [vector.status.stored_at for vector in vectors if vector.name not in merged]
+    if not arrivals:
+        return None
+    trigger = world.policy.spec.trigger
+    enough = sorted(vector.status.stored_at for vector in vectors)[trigger.min_hospitals - 1]
+    return min(
+        max(arrivals) + timedelta(seconds=trigger.quiet_period_seconds),
+        max(min(arrivals), enough) + timedelta(seconds=trigger.max_wait_seconds),
+    )
+
+
+def quorum(version: ModelVersion) -> int:
+    """How many hospitals a calibration needs: never more than the version has."""
+    return min(version.spec.calibration.quorum or len(version.hospitals), len(version.hospitals))
+
+
+def explain(world: World, now: datetime) -> str:
+    """What the policy is waiting for, as a sentence."""
+    spec = world.policy.spec
+    if spec.suspend:
+        return "suspended: set suspend to false to go on"
+    if world.base is None:
+        return f"base model {spec.base_model_ref!r} is not in the store; import it with --base"
+    vectors = eligible(world)
+    if len(vectors) < spec.trigger.min_hospitals:
+        missing = spec.trigger.min_hospitals - len(vectors)
+        return f"{len(vectors)} of {spec.trigger.min_hospitals} hospitals; waiting for {missing} more"
+    wanted = desired_version(world, vectors)
+    version = {version.name: version for version in world.versions}.get(wanted.name)
+    if version is None or version.status.phase is Phase.SUPERSEDED:
+        time = due(world, vectors)
+        when = f"at {_clock(time)} unless another arrives" if time and time > now else "now"
+        return f"{len(vectors)} hospitals; merging {when}"
+    match version.status.phase:
+        case Phase.CALIBRATING:
+            return f"{version.name}: {_missing_visits(version, world)}"
+        case Phase.READY:
+            return f"nothing: {version.name} is Ready"
+        case Phase.FAILED:
+            return f"{version.name} failed: {version.status.message}"
+        case phase:
+            return f"{version.name} is {phase.value}"
+
+
+# --- Parts of the plan ----------------------------------------------------------------------------------------
+
+
+def _next_version(world: World, now: datetime) -> list[Action]:
+    """Creates the version of the eligible vectors once it is due; unfinished older ones give way to it."""
+    vectors = eligible(world)
+    if world.policy.spec.suspend or len(vectors) < world.policy.spec.trigger.min_hospitals:
+        return []
+    wanted = desired_version(world, vectors)
+    known = {version.name: version for version in world.versions}.get(wanted.name)
+    if known is not None and known.status.phase is not Phase.SUPERSEDED:
+        return []
+    time = due(world, vectors)
+    if time is not None and now < time:
+        return [WakeAt(time)]
+    overtaken = [
+        Save(version.with_phase(Phase.SUPERSEDED, now=now, message=f"{wanted.name} has newer inputs"))
+        for version in world.versions
+        if version.status.phase in (Phase.PENDING, Phase.CALIBRATING)
+    ]
+    start: Action = CreateVersion(wanted) if known is None else Save(known.with_phase(Phase.PENDING, now=now))
+    return [*overtaken, start]
+
+
+def _progress(world: World, now: datetime, *, skip: set[str]) -> list[Action]:
+    """Moves each unfinished version one phase on, where it can be."""
+    return [
+        action for version in world.versions if version.name not in skip for action in _progress_of(version, world, now)
+    ]
+
+
+def _progress_of(version: ModelVersion, world: World, now: datetime) -> list[Action]:
+    match version.status.phase:
+        case Phase.PENDING:
+            if (report := world.reports.get((version.name, "merge"))) is None:
+                return _run(version, "merge", world, now)
+            return _after_merge(version, report, world, now)
+        case Phase.CALIBRATING:
+            return _await_hospitals(version, world, now)
+        case Phase.RELEASING:
+            if (report := world.reports.get((version.name, "release"))) is None:
+                return _run(version, "release", world, now)
+            return [Save(version.with_phase(Phase.READY, now=now, ready_at=now, **report))]
+    return []
+
+
+def _run(version: ModelVersion, stage: Stage, world: World, now: datetime) -> list[Action]:
+    status = version.status
+    if version.name in world.running:
+        return []
+    if status.attempts >= ATTEMPTS:
+        return [Save(version.with_phase(Phase.FAILED, now=now, message=status.message))]
+    if status.retry_at and now < status.retry_at:
+        return [WakeAt(status.retry_at)]
+    return [RunJob(version.name, stage)]
+
+
+def _after_merge(version: ModelVersion, report: Mapping[str, Any], world: World, now: datetime) -> list[Action]:
+    asks = version.spec.calibration.mode in (CalibrationMode.VISIT, CalibrationMode.MEETING)
+    if world.base and world.base.has_batchnorm and asks:
+        calibrating = version.with_phase(Phase.CALIBRATING, now=now, calibration_started_at=now, **report)
+        return [AskHospitals(calibrating, quorum(calibrating)), Save(calibrating)]
+    return [Save(version.with_phase(Phase.RELEASING, now=now, **report))]
+
+
+def _await_hospitals(version: ModelVersion, world: World, now: datetime) -> list[Action]:
+    if len(_visitors(version, world)) < quorum(version) and now < (deadline := _deadline(version)):
+        return [WakeAt(deadline)]
+    return [StopAsking(version.name), Save(version.with_phase(Phase.RELEASING, now=now))]
+
+
+def _clear(world: World, now: datetime) -> list[Action]:
+    """Ends Ready versions over the history limit, and erases the files of revoked and superseded versions."""
+    newest_first = sorted(
+        (version for version in world.versions if version.status.phase is Phase.READY),
+        key=lambda version: (version.status.ready_at or now, version.name),
+        reverse=True,
+    )
+    actions: list[Action] = [
+        Save(version.with_phase(Phase.SUPERSEDED, now=now, message="older than historyLimit"))
+        for version in newest_first[world.policy.spec.history_limit :]
+    ]
+    for version in world.versions:
+        if version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED):
+            if version.name in world.running:
+                actions.append(StopJob(version.name))
+            elif version.name in world.on_disk:
+                actions.append(EraseVersion(version.name))
+    return actions
+
+
+def _replaced(vectors: Sequence[DataVector]) -> set[str]:
+    """Names of the vectors that a newer one of the same hospital and base has replaced."""
+    newest: dict[tuple[str, str], int] = {}
+    for vector in vectors:
+        key = (vector.spec.hospital, vector.spec.base_model_ref)
+        newest[key] = max(newest.get(key, 0), vector.spec.sequence)
+    return {
+        vector.name
+        for vector in vectors
+        if vector.spec.sequence < newest[vector.spec.hospital, vector.spec.base_model_ref]
+    }
+
+
+def _withdrawn(vector: DataVector, now: datetime) -> DataVector:
+    if not vector.granted:
+        return vector
+    return vector.model_copy(
+        update={
+            "spec": vector.spec.model_copy(update={"consent": Consent.WITHDRAWN}),
+            "status": vector.status.model_copy(update={"withdrawn_at": now}),
+        }
+    )
+
+
+def _visitors(version: ModelVersion, world: World) -> list[str]:
+    """Hospitals that have done all their rounds."""
+    rounds = world.visits.get(version.name, {})
+    return [name for name in version.hospitals if rounds.get(name, 0) >= version.spec.calibration.visits]
+
+
+def _deadline(version: ModelVersion) -> datetime:
+    started = version.status.calibration_started_at
+    assert started  # noqa: S101  set on entering the phase
+    return started + timedelta(seconds=version.spec.calibration.deadline_seconds)
+
+
+def _missing_visits(version: ModelVersion, world: World) -> str:
+    visitors = _visitors(version, world)
+    missing = ", ".join(name for name in version.hospitals if name not in visitors)
+    return (
+        f"{len(visitors)} of {quorum(version)} hospitals came back to calibrate it; "
+        f"waiting for {missing} or until {_clock(_deadline(version))}"
+    )
+
+
+def _clock(time: datetime) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%SZ")

@@ -1,0 +1,197 @@
+"""The files of an aggregator: everything that is not an object's text.
+
+    bases/<hex>/                  base model artifacts, content-addressed
+    uploads/<hospital>/<hex>.part vectors that have not arrived in full
+    blobs/<hospital>/<hex>        committed vectors
+    versions/<version>/           merged.safetensors, calibration.json while visits are wanted, visits/<hospital>.npz,
+                                  report-<stage>.json of each finished job stage
+    releases/<version>/           what clients get
+
+Every file is written atomically, so receiver and jobs share nothing but this folder, and both survive a kill.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from datavector.errors import BaseModelError
+from datavector.files import atomic_write, fsync_folder, write_json
+from datavector.merge.batchnorm import Moments
+from datavector.model import FILES, BaseModel
+
+
+@dataclass(frozen=True)
+class OpenCalibration:
+    """What a version wants from hospitals, until its calibration is closed.
+
+    Attributes:
+        mode: "visit" or "meeting".
+        hospitals: whose vectors are merged; only they are asked.
+        quorum: how many must take part.
+        rounds: visits per hospital.
+    """
+
+    version: str
+    base_digest: str
+    mode: str
+    hospitals: tuple[str, ...]
+    quorum: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a hospital left for a version: images used, rounds done, moments by BatchNorm layer."""
+
+    hospital: str
+    images: int
+    rounds: int
+    moments: dict[str, Moments]
+
+
+class Store:
+    """Paths and atomic operations below one folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for folder in ("bases", "uploads", "blobs", "versions", "releases"):
+            (root / folder).mkdir(parents=True, exist_ok=True)
+
+    # --- base models
+
+    def import_base(self, source: Path) -> BaseModel:
+        """Copies a base model artifact into the store (or finds it there)."""
+        base = BaseModel.load(source)
+        target = self._base(base.digest)
+        if not target.is_dir():
+            partial = target.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial, copy_function=shutil.copyfile)
+            partial.rename(target)
+            fsync_folder(target.parent)
+        return BaseModel.load(target, digest=base.digest)
+
+    def bases(self) -> list[BaseModel]:
+        return [BaseModel.load(path) for path in sorted((self.root / "bases").iterdir()) if not path.suffix]
+
+    def base(self, reference: str) -> BaseModel:
+        """The base model of that digest or name.
+
+        Raises:
+            BaseModelError: none, or several of that name.
+        """
+        bases = self.bases()
+        found = [base for base in bases if reference in (base.digest, base.name)]
+        if len(found) != 1:
+            known = ", ".join(f"{base.name} ({base.digest})" for base in bases) or "none"
+            raise BaseModelError(
+                f"the store has {len(found)} base models {reference!r}; it has: {known}",
+                remedy="import it with `datavector aggregator --base DIR`, or name its digest",
+            )
+        return found[0]
+
+    def base_file(self, digest: str, name: str) -> Path | None:
+        path = self._base(digest) / name
+        return path if name in FILES and path.is_file() else None
+
+    def _base(self, digest: str) -> Path:
+        return self.root / "bases" / digest.removeprefix("sha256:")
+
+    # --- vectors
+
+    def upload(self, hospital: str, sha256: str) -> Path:
+        return self.root / "uploads" / hospital / f"{sha256}.part"
+
+    def blob(self, hospital: str, sha256: str) -> Path:
+        return self.root / "blobs" / hospital / sha256.removeprefix("sha256:")
+
+    # --- versions and their calibration
+
+    def version(self, name: str) -> Path:
+        return self.root / "versions" / name
+
+    def has_version(self, name: str) -> bool:
+        return self.version(name).is_dir() or self.release(name).is_dir()
+
+    def write_version(self, name: str, version: dict[str, Any]) -> None:
+        """Leaves a version's object where its jobs read it."""
+        write_json(self.version(name) / "version.json", version)
+
+    def read_version(self, name: str) -> dict[str, Any]:
+        content: dict[str, Any] = json.loads((self.version(name) / "version.json").read_text())
+        return content
+
+    def merged(self, version: str) -> Path:
+        return self.version(version) / "merged.safetensors"
+
+    def release(self, version: str) -> Path:
+        return self.root / "releases" / version
+
+    def write_report(self, version: str, stage: str, report: dict[str, Any]) -> None:
+        write_json(self.version(version) / f"report-{stage}.json", report)
+
+    def report(self, version: str, stage: str) -> dict[str, Any] | None:
+        """What a job's stage reported, or None while it has not finished."""
+        path = self.version(version) / f"report-{stage}.json"
+        if not path.is_file():
+            return None
+        report: dict[str, Any] = json.loads(path.read_text())
+        return report
+
+    def open_calibration(self, calibration: OpenCalibration) -> None:
+        write_json(self.version(calibration.version) / "calibration.json", vars(calibration))
+
+    def close_calibration(self, version: str) -> None:
+        (self.version(version) / "calibration.json").unlink(missing_ok=True)
+
+    def open_calibrations(self) -> Iterator[OpenCalibration]:
+        for path in sorted((self.root / "versions").glob("*/calibration.json")):
+            content = json.loads(path.read_text())
+            yield OpenCalibration(**{**content, "hospitals": tuple(content["hospitals"])})
+
+    def save_visit(self, version: str, visit: Visit) -> None:
+        path = self.version(version) / "visits" / f"{visit.hospital}.npz"
+        arrays = {
+            f"{kind}:{layer}": getattr(moments, kind)
+            for layer, moments in visit.moments.items()
+            for kind in ("count", "mean", "variance")
+        }
+        with atomic_write(path) as file:
+            np.savez(file, images=visit.images, rounds=visit.rounds, **arrays)
+
+    def visits(self, version: str) -> list[Visit]:
+        """Sorted by hospital."""
+        return [_visit(path) for path in sorted((self.version(version) / "visits").glob("*.npz"))]
+
+    def rounds(self, version: str) -> dict[str, int]:
+        """Visits done, by hospital."""
+        return {visit.hospital: visit.rounds for visit in self.visits(version)}
+
+    def erase_version(self, version: str) -> None:
+        """Removes a version's weights, moments and release; what one release reveals about a vector goes with it."""
+        for folder in (self.release(version), self.version(version)):
+            shutil.rmtree(folder, ignore_errors=True)
+            fsync_folder(folder.parent)
+
+    def erase_blob(self, hospital: str, sha256: str) -> None:
+        path = self.blob(hospital, sha256)
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir():
+            fsync_folder(path.parent)
+
+
+def _visit(path: Path) -> Visit:
+    with np.load(path) as arrays:
+        layers = [name.removeprefix("count:") for name in arrays.files if name.startswith("count:")]
+        moments = {
+            layer: Moments(int(arrays[f"count:{layer}"]), arrays[f"mean:{layer}"], arrays[f"variance:{layer}"])
+            for layer in layers
+        }
+        return Visit(path.stem, int(arrays["images"]), int(arrays["rounds"]), moments)

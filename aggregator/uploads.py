@@ -1,0 +1,346 @@
+"""Vectors on their way in: durable offset, takeover, checks while bytes pass by, commit.
+
+The order on commit is: fsync the file, rename it to its blob, fsync the folder, record the vector, answer. A crash
+between any two of these is mended by the next try.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from aggregator.metrics import Metrics
+from aggregator.registry import Registry
+from aggregator.resources import Artifact, DataVector, Metadata, VectorSpec, VectorStatus, utc_now
+from aggregator.store import Store
+from datavector.errors import (
+    AlreadyWithdrawn,
+    ArtifactError,
+    DataVectorError,
+    DiskFull,
+    ProtocolError,
+    QuotaExceeded,
+    TryAgain,
+    WrongDigest,
+    WrongLayout,
+)
+from datavector.files import disk_full_at, fsync_folder, sha256_file
+from datavector.model import BaseModel
+from datavector.vector import VectorScanner
+from datavector.wire.chunks import CHUNK, read_request
+from datavector.wire.v1.exchange_pb2 import BeginUploadReply, VectorInfo
+
+Key = tuple[str, str]
+Read = Callable[[], Awaitable[bytes | None]]
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A vector as it was announced, after the announcement was checked."""
+
+    hospital: str
+    base: BaseModel
+    sha256: str
+    sequence: int
+    sample_count: int
+
+    @classmethod
+    def parse(cls, hospital: str, base: BaseModel, info: VectorInfo) -> Arrival:
+        """
+        Raises:
+            ProtocolError: the announcement makes no sense.
+            WrongLayout: the size is not that of this base model's vectors.
+        """
+        if not _SHA256.fullmatch(info.sha256) or info.sequence < 1 or info.sample_count < 1:
+            raise ProtocolError(
+                f"a vector was announced with SHA-256 {info.sha256!r}, sequence {info.sequence} and "
+                f"{info.sample_count} samples",
+                remedy="announce a digest of 64 hexadecimal digits, and numbers from 1 on",
+            )
+        if info.size != base.vector_layout.size:
+            raise WrongLayout(
+                f"the vector has {info.size} bytes, vectors of {base.name} have {base.vector_layout.size}",
+                remedy="send a vector of the base model that the aggregator merges",
+            )
+        return cls(hospital, base, info.sha256, info.sequence, info.sample_count)
+
+    @property
+    def key(self) -> Key:
+        return self.hospital, self.sha256
+
+    @property
+    def name(self) -> str:
+        """Deterministic: the same vector of the same hospital has one name."""
+        digest = hashlib.sha256(f"{self.base.digest}{self.sha256}".encode()).hexdigest()
+        return f"{self.hospital}-{digest[:10]}"
+
+    def vector(self) -> DataVector:
+        return DataVector(
+            metadata=Metadata(name=self.name, creation_timestamp=(now := utc_now())),
+            spec=VectorSpec(
+                hospital=self.hospital,
+                base_model_ref=self.base.digest,
+                sequence=self.sequence,
+                artifact=Artifact(digest=f"sha256:{self.sha256}", size=self.base.vector_layout.size),
+                sample_count=self.sample_count,
+            ),
+            status=VectorStatus(stored_at=now),
+        )
+
+
+@dataclass(eq=False)
+class Stream:
+    """One open Upload call."""
+
+    timer: asyncio.Timeout
+    ended_by: DataVectorError | None = None
+    commit: asyncio.Task[DataVector] | None = None
+
+    def end(self, reason: DataVectorError) -> None:
+        """Lets the call end with `reason`: at once if it waits for the hospital, else at its next step."""
+        self.ended_by = reason
+        if self.commit is None:
+            self.timer.reschedule(asyncio.get_running_loop().time())
+
+    def check(self) -> None:
+        if self.ended_by is not None:
+            raise self.ended_by
+
+
+class Uploads:
+    """All uploads of a receiver. At most one stream writes a vector at a time: the newest."""
+
+    def __init__(
+        self,
+        store: Store,
+        registry: Registry,
+        metrics: Metrics,
+        *,
+        idle_timeout_seconds: float,
+        max_open: int,
+        max_kept: int,
+    ) -> None:
+        self._store = store
+        self._registry = registry
+        self._metrics = metrics
+        self._idle_timeout = idle_timeout_seconds
+        self._max_open = max_open
+        self._max_kept = max_kept
+        self._streams: dict[Key, Stream] = {}
+
+    async def begin(self, arrival: Arrival) -> BeginUploadReply:
+        """The durable offset; an older stream of the same vector ends here, so that the offset stays true.
+
+        Raises:
+            AlreadyWithdrawn: the hospital took this vector back.
+            QuotaExceeded: it has too many vectors or open uploads.
+            DiskFull: the rest of it has no room.
+        """
+        if stored := await self._stored(arrival):
+            return BeginUploadReply(offset=stored.spec.artifact.size, committed=True, vector=stored.name)
+        self._take_over(arrival)
+        path = self._store.upload(*arrival.key)
+        offset = path.stat().st_size if path.is_file() else 0
+        needed = arrival.base.vector_layout.size - offset
+        if shutil.disk_usage(self._store.root).free < needed:
+            raise DiskFull(path, needed=needed)
+        return BeginUploadReply(offset=offset)
+
+    async def receive(self, arrival: Arrival, offset: int, read: Read) -> DataVector:
+        """Takes messages (chunk*, final) that go on from `offset`, and commits.
+
+        Raises:
+            TryAgain: the stream stalled, ended without its final record, or another one took over; what arrived
+                is kept.
+            ArtifactError, DiskFull: nothing of the vector is kept.
+            AlreadyWithdrawn: the hospital took this vector back, or all while it was on its way.
+            QuotaExceeded: it has too many vectors or open uploads.
+        """
+        if stored := await self._stored(arrival):
+            self._metrics.uploads.labels("repeated").inc()
+            return stored
+        self._take_over(arrival)
+        path = self._store.upload(*arrival.key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            async with asyncio.timeout(self._idle_timeout) as timer:
+                stream = self._streams[arrival.key] = Stream(timer)
+                try:
+                    await self._append(stream, arrival, path, offset, read)
+                    timer.reschedule(None)
+                    # The commit goes on even if the call ends here: a hospital that lost the answer asks again.
+                    stream.commit = asyncio.create_task(self._commit(stream, arrival, path))
+                    vector = await asyncio.shield(stream.commit)
+                finally:
+                    if stream.commit is None:
+                        self._close(arrival, stream)
+        except TimeoutError:
+            self._metrics.uploads.labels("interrupted").inc()
+            stream.check()
+            raise _interrupted(f"nothing arrived for {self._idle_timeout:g} seconds") from None
+        except (ArtifactError, DiskFull):
+            self._metrics.uploads.labels("refused").inc()
+            path.unlink(missing_ok=True)
+            raise
+        except BaseException:
+            self._metrics.uploads.labels("interrupted").inc()
+            raise
+        self._metrics.uploads.labels("committed").inc()
+        return vector
+
+    def forget(self, hospital: str) -> None:
+        """Ends a hospital's uploads and removes everything of it that is not recorded as a vector."""
+        reason = AlreadyWithdrawn("this hospital withdrew while the vector was on its way", remedy="do not send it")
+        for (owner, _), stream in self._streams.items():
+            if owner == hospital:
+                stream.end(reason)
+        for path in self._parts(hospital):
+            path.unlink(missing_ok=True)
+        recorded = {
+            self._store.blob(hospital, vector.spec.artifact.digest)
+            for vector in self._registry.vectors()
+            if vector.spec.hospital == hospital
+        }
+        for path in self._store.blob(hospital, "any").parent.glob("*"):
+            if path not in recorded:
+                path.unlink(missing_ok=True)
+
+    async def finish_commits(self) -> None:
+        """Waits for the commits that are under way."""
+        commits = [stream.commit for stream in self._streams.values() if stream.commit]
+        await asyncio.gather(*commits, return_exceptions=True)
+
+    # --- Before the bytes
+
+    async def _stored(self, arrival: Arrival) -> DataVector | None:
+        """The vector if it is here already: recorded, just being committed, or left unrecorded by a crash."""
+        stream = self._streams.get(arrival.key)
+        if stream and stream.commit:
+            await asyncio.wait([stream.commit])
+        for vector in self._registry.vectors():
+            if vector.name == arrival.name:
+                if vector.granted:
+                    return vector
+                raise AlreadyWithdrawn(
+                    f"{vector.name} was withdrawn at {vector.status.withdrawn_at:%Y-%m-%d %H:%M}Z",
+                    remedy="consent goes one way: train again to take part again",
+                )
+        blob = self._store.blob(*arrival.key)
+        if blob.is_file() and await asyncio.to_thread(sha256_file, blob) == arrival.sha256:
+            return self._registry.add_vector(arrival.vector())
+        return None
+
+    def _take_over(self, arrival: Arrival) -> None:
+        """Makes room for a new stream of this vector within the hospital's quota."""
+        older = self._streams.pop(arrival.key, None)
+        if older:
+            older.end(_interrupted("another stream of this vector took over"))
+        kept = [
+            vector.name
+            for vector in self._registry.vectors()
+            if vector.spec.hospital == arrival.hospital and vector.status.erased_at is None
+        ]
+        if len(kept) >= self._max_kept:
+            raise QuotaExceeded(
+                f"{arrival.hospital!r} has {len(kept)} vectors here, more are not kept",
+                remedy="withdraw, or wait until replaced ones are erased",
+            )
+        streaming = {sha256 for hospital, sha256 in self._streams if hospital == arrival.hospital}
+        if len(streaming) >= self._max_open:
+            raise QuotaExceeded(
+                f"{arrival.hospital!r} has {len(streaming)} open uploads, more are not taken",
+                remedy="let one end first",
+            )
+        abandoned = [path for path in self._parts(arrival.hospital) if path.stem not in {*streaming, arrival.sha256}]
+        for path in abandoned[: max(len(abandoned) + len(streaming) + 1 - self._max_open, 0)]:
+            path.unlink()
+
+    def _parts(self, hospital: str) -> list[Path]:
+        """A hospital's vectors that have not arrived in full, least recently written first."""
+        parts = self._store.upload(hospital, "any").parent.glob("*.part")
+        return sorted(parts, key=lambda path: path.stat().st_mtime_ns)
+
+    # --- The bytes
+
+    async def _append(self, stream: Stream, arrival: Arrival, path: Path, offset: int, read: Read) -> None:
+        """Checks and appends what comes, until a final record that fits."""
+        scanner = VectorScanner(arrival.base.vector_layout)
+        loop = asyncio.get_running_loop()
+        with disk_full_at(path), path.open("ab", buffering=0) as file:
+            if file.tell() != offset:
+                raise _interrupted(f"the upload goes on from byte {file.tell()}, not {offset}")
+            if offset:
+                stream.timer.reschedule(None)
+                await asyncio.to_thread(_rescan, path, scanner)
+                self._metrics.resumed_bytes.inc(offset)
+            while True:
+                stream.timer.reschedule(loop.time() + self._idle_timeout)
+                message = await read()
+                stream.check()
+                if message is None:
+                    raise _interrupted("the stream ended without its final record")
+                part = read_request(message)
+                if not isinstance(part, memoryview):
+                    break
+                scanner.feed(part)
+                self._metrics.received_bytes.inc(len(part))
+                while part:
+                    part = part[file.write(part) :]
+        if part.WhichOneof("part") != "final":
+            raise ProtocolError("an upload was opened twice", remedy="send open, chunks, final")
+        scanner.finish(size=part.final.size, sha256=part.final.sha256)
+        if part.final.sha256 != arrival.sha256:
+            raise WrongDigest(
+                f"the vector was announced with SHA-256 {arrival.sha256}, but ended with {part.final.sha256}",
+                remedy="the file changed while it was sent: send it again",
+            )
+
+    async def _commit(self, stream: Stream, arrival: Arrival, path: Path) -> DataVector:
+        try:
+            with disk_full_at(path):
+                await asyncio.to_thread(_fsync, path)
+            return self._record(stream, arrival, path)
+        finally:
+            self._close(arrival, stream)
+
+    def _record(self, stream: Stream, arrival: Arrival, path: Path) -> DataVector:
+        """Makes a vector of a file on disk, in one step: a withdrawal comes before it and ends it, or finds it."""
+        stream.check()
+        blob = self._store.blob(*arrival.key)
+        if not blob.parent.is_dir():
+            blob.parent.mkdir()
+            fsync_folder(blob.parent.parent)
+        path.rename(blob)
+        fsync_folder(blob.parent)
+        return self._registry.add_vector(arrival.vector())
+
+    def _close(self, arrival: Arrival, stream: Stream) -> None:
+        if self._streams.get(arrival.key) is stream:
+            del self._streams[arrival.key]
+
+
+def _interrupted(reason: str) -> TryAgain:
+    return TryAgain(reason, remedy="what arrived is kept: go on from the durable offset")
+
+
+def _rescan(path: Path, scanner: VectorScanner) -> None:
+    """Passes what has arrived through the scanner again: a resumed upload is checked from its first byte."""
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(CHUNK):
+            scanner.feed(block)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

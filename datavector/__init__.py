@@ -1,0 +1,1 @@
+"""DataVector: one-shot, asynchronous merging of fine-tuned classifiers across hospitals."""

@@ -1,0 +1,328 @@
+"""The command line. Every command imports what it needs when it runs, so that `--help` and `predict` stay light."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from datavector.errors import DataError, DataVectorError, ReleaseError, UsageError
+
+app = typer.Typer(
+    name="datavector",
+    help="Merge hospitals' fine-tuned classifiers without their images, without rounds, without waiting.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+base_app = typer.Typer(help="The pretrained model that every hospital starts from.", no_args_is_help=True)
+certs_app = typer.Typer(help="A test authority and its certificates; production brings its own.", no_args_is_help=True)
+release_app = typer.Typer(help="Merged models, ready to use.", no_args_is_help=True)
+agent_app = typer.Typer(help="A hospital: fine-tunes, sends its data vector, serves tasks.")
+app.add_typer(base_app, name="base")
+app.add_typer(certs_app, name="certs")
+app.add_typer(release_app, name="release")
+app.add_typer(agent_app, name="agent")
+
+Config = Annotated[Path | None, typer.Option("--config", help="TOML file; flags and the environment override it.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
+Release = Annotated[Path, typer.Argument(help="A release folder.")]
+
+
+def main() -> None:
+    """Entry point: an error for a person is printed as one, with what to do next."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    try:
+        app()
+    except DataVectorError as error:
+        print(f"error: {error.message}\n       {error.remedy}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; starting again goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+
+
+# --- Base models and certificates -----------------------------------------------------------------------------
+
+
+@base_app.command("create")
+def base_create(
+    architecture: Annotated[str, typer.Option(help="A torchvision classifier, or efficientnet_lite0.")],
+    classes: Annotated[Path, typer.Option(help="Text file with one class a line, in the order of the outputs.")],
+    output: Output,
+    weights: Annotated[Path | None, typer.Option(help="Pretrained state dict (.pth, .pt, .safetensors).")] = None,
+    name: Annotated[str | None, typer.Option(help="What policies call it; the architecture by default.")] = None,
+    size: Annotated[int | None, typer.Option(help="Input height and width in pixels.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the new classification head.")] = 0,
+) -> None:
+    """Make the base model artifact that an aggregator hands to every hospital."""
+    from datavector.networks import create_base
+
+    try:
+        labels = tuple(line.strip() for line in classes.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{classes} cannot be read ({error})", remedy="give a text file with one class a line"
+        ) from error
+    base = create_base(
+        output, architecture=architecture, classes=labels, weights=weights, name=name, size=size, seed=seed
+    )
+    mebibytes = base.layout.size / 2**20
+    typer.echo(
+        f"{output}: {base.name}, {len(base.classes)} classes, {base.layout.elements:,} values, {mebibytes:.1f} MiB"
+    )
+    typer.echo(base.digest)
+
+
+@certs_app.command("init")
+def certs_init(
+    output: Output = Path("certs"),
+    trust_domain: Annotated[str, typer.Option(help="First part of every identity.")] = "datavector.local",
+    server_name: Annotated[
+        list[str] | None, typer.Option(help="DNS name or IP address of the aggregator; may be repeated.")
+    ] = None,
+) -> None:
+    """Make a test authority and the aggregator's certificate."""
+    from datavector.wire.certs import init_authority, issue_aggregator
+
+    init_authority(output, trust_domain=trust_domain)
+    certificate = issue_aggregator(output, server_names=["localhost", "127.0.0.1", *(server_name or [])])
+    typer.echo(f"{output / 'ca.crt'}: authority of {trust_domain}\n{certificate}: the aggregator's certificate")
+
+
+@certs_app.command("issue")
+def certs_issue(
+    hospital: Annotated[str, typer.Option(help="Name of the hospital.")],
+    output: Annotated[Path, typer.Option("--authority", help="Folder that `certs init` wrote.")] = Path("certs"),
+    days: Annotated[int, typer.Option(min=1, help="Days that the certificate is valid.")] = 365,
+) -> None:
+    """Make a hospital's certificate and key."""
+    from datavector.wire.certs import issue_hospital
+
+    typer.echo(f"{issue_hospital(output, hospital, days=days)}: speaks for {hospital}, valid for {days} days")
+
+
+# --- Hospital -------------------------------------------------------------------------------------------------
+
+Hospital = Annotated[str | None, typer.Option("--hospital", help="Name of this hospital.")]
+Aggregator = Annotated[str | None, typer.Option("--aggregator", help="host:port of the aggregator.")]
+State = Annotated[Path | None, typer.Option("--state", help="Folder that survives restarts.")]
+Certificate = Annotated[Path | None, typer.Option("--certificate", help="The hospital's certificate.")]
+Key = Annotated[Path | None, typer.Option("--key", help="Its private key.")]
+Authority = Annotated[Path | None, typer.Option("--ca", help="The authority's certificate.")]
+Policy = Annotated[str | None, typer.Option("--policy", help="Policy of the aggregator, where it has several.")]
+
+
+@agent_app.callback(invoke_without_command=True)
+def agent(
+    context: typer.Context,
+    config: Config = None,
+    hospital: Hospital = None,
+    aggregator: Aggregator = None,
+    state: State = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    ca: Authority = None,
+    policy: Policy = None,
+    data: Annotated[Path | None, typer.Option(help="Image folder or CSV manifest.")] = None,
+    base: Annotated[str | None, typer.Option(help="Digest of the base model, to pin it.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the training images.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of data order and augmentation.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Port of Prometheus metrics; 0 for none.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Leave after the upload.")] = False,
+    tasks_only: Annotated[bool, typer.Option("--tasks-only", help="Serve what is waiting, then leave.")] = False,
+    preflight_only: Annotated[bool, typer.Option("--preflight", help="Check everything, start nothing.")] = False,
+) -> None:
+    """Fine-tune on this hospital's images, send the data vector, then serve tasks until stopped."""
+    if context.invoked_subcommand is not None:
+        return
+    if once + tasks_only + preflight_only > 1:
+        raise UsageError("--once, --tasks-only and --preflight exclude each other", remedy="give one of them")
+    from agent import main as site
+
+    flags = _peer_flags(hospital, aggregator, state, certificate, key, ca, policy)
+    flags |= {"data.path": data, "base": base, "training.epochs": epochs, "training.seed": seed}
+    settings = _agent_settings(config, flags | {"metrics_port": metrics_port})
+    if preflight_only:
+        site.preflight_only(settings)
+    elif tasks_only:
+        site.serve_waiting_tasks(settings)
+    else:
+        site.run(settings, once=once)
+
+
+@agent_app.command("ledger")
+def agent_ledger(
+    config: Config = None,
+    state: State = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line, as stored.")] = False,
+) -> None:
+    """Print everything that left this building."""
+    from agent.site import print_ledger
+
+    print_ledger(state or _agent_settings(config, {}).state, as_json=as_json)
+
+
+@app.command()
+def withdraw(
+    config: Config = None,
+    hospital: Hospital = None,
+    aggregator: Aggregator = None,
+    state: State = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    ca: Authority = None,
+    base: Annotated[str, typer.Option(help="Only vectors of this base model (digest); all where absent.")] = "",
+    reason: Annotated[str, typer.Option(help="A sentence for the aggregation site.")] = "",
+) -> None:
+    """Take this hospital's vectors back, for ever. Models that contain them are revoked at once."""
+    from agent.site import withdraw as take_back
+
+    settings = _agent_settings(config, _peer_flags(hospital, aggregator, state, certificate, key, ca, None))
+    take_back(settings, base_digest=base, reason=reason)
+
+
+@release_app.command("fetch")
+def release_fetch(
+    output: Output,
+    config: Config = None,
+    hospital: Hospital = None,
+    aggregator: Aggregator = None,
+    state: State = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    ca: Authority = None,
+    policy: Policy = None,
+) -> None:
+    """Download the newest Ready model, and verify it."""
+    from agent.site import fetch_release
+
+    settings = _agent_settings(config, _peer_flags(hospital, aggregator, state, certificate, key, ca, policy))
+    fetch_release(settings, output)
+    release_verify(output)
+
+
+def _peer_flags(
+    hospital: str | None,
+    aggregator: str | None,
+    state: Path | None,
+    certificate: Path | None,
+    key: Path | None,
+    ca: Path | None,
+    policy: str | None,
+) -> dict[str, Any]:
+    tls = {"tls.certificate": certificate, "tls.key": key, "tls.ca": ca}
+    return {"hospital": hospital, "aggregator": aggregator, "state": state, "policy": policy, **tls}
+
+
+def _agent_settings(config: Path | None, flags: dict[str, Any]) -> Any:
+    from agent.settings import PREFIX, AgentSettings
+    from datavector.config import load_settings
+
+    return load_settings(AgentSettings, config, flags, prefix=PREFIX)
+
+
+# --- Aggregation site -----------------------------------------------------------------------------------------
+
+
+@app.command()
+def aggregator(
+    config: Config = None,
+    store: Annotated[Path | None, typer.Option(help="Folder of everything that must survive.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="YAML file with MergePolicy documents.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Base model artifact to import.")] = None,
+    listen: Annotated[str | None, typer.Option(help="address:port; port 0 takes a free one.")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="The aggregator's certificate.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="The authority that signed the hospitals' certificates.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Port of Prometheus metrics; 0 for none.")] = None,
+) -> None:
+    """Take vectors in, merge them as the policy says, and release the result. Needs no cluster."""
+    from aggregator.main import run
+    from aggregator.settings import PREFIX, AggregatorSettings
+    from datavector.config import load_settings
+
+    flags = {
+        "store": store, "policy": policy, "base": base, "listen": listen, "metrics_port": metrics_port,
+        "tls.certificate": certificate, "tls.key": key, "tls.ca": ca,
+    }  # fmt: skip
+    run(load_settings(AggregatorSettings, config, flags, prefix=PREFIX))
+
+
+@app.command()
+def status(store: Annotated[Path, typer.Option(help="The aggregator's store.")]) -> None:
+    """What an embedded aggregator has, and what each policy waits for."""
+    from aggregator.main import print_status
+
+    print_status(store)
+
+
+# --- Releases -------------------------------------------------------------------------------------------------
+
+
+@app.command("verify")
+def release_verify(release: Release) -> None:
+    """Check a release: checksums, metadata, and ONNX Runtime against the stored torch results."""
+    from datavector.release import verify_release
+
+    report = verify_release(release)
+    for check in report.checks:
+        typer.echo(f"{'ok  ' if check.ok else 'FAIL'}  {check.name:<12} {check.detail}")
+    if not report.ok:
+        raise ReleaseError(f"{release} does not verify", remedy="fetch or make the release again")
+
+
+@app.command()
+def predict(release: Release, images: Annotated[list[Path], typer.Argument(help="Image files.")]) -> None:
+    """Classify images with a release: one JSON object a line."""
+    from datavector.release.predict import predict as classify
+
+    failed = 0
+    for result in classify(release, images):
+        failed += "error" in result
+        typer.echo(json.dumps(result, ensure_ascii=False))
+    if failed:
+        raise DataError(f"{failed} of {len(images)} images could not be read", remedy="see the lines above")
+
+
+# --- Demo -----------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def demo(
+    output: Output = Path("demo-out"),
+    data: Annotated[Path | None, typer.Option(help="ImageFolder with a manifest.csv; synthesised if absent.")] = None,
+    split_column: Annotated[str, typer.Option(help="Column of the manifest that names the hospital.")] = "hospital",
+    hospitals: Annotated[int, typer.Option(min=2, max=26, help="How many hospitals take part.")] = 4,
+    images: Annotated[int, typer.Option(min=8, help="Most training images per hospital.")] = 120,
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each hospital.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
+    method: Annotated[str, typer.Option(help="Merge method of the policy.")] = "sum",
+    with_controls: Annotated[
+        bool, typer.Option("--with-controls", help="Also pooled, random, no restoration.")
+    ] = False,
+) -> None:
+    """From images to one merged ONNX model: real processes, real certificates, on this machine alone."""
+    from datavector.demo.story import DemoOptions, run_demo
+
+    run_demo(
+        DemoOptions(
+            output=output,
+            data=data,
+            split_column=split_column,
+            hospitals=hospitals,
+            images=images,
+            epochs=epochs,
+            seed=seed,
+            method=method,
+            with_controls=with_controls,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

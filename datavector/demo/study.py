@@ -1,0 +1,172 @@
+"""What the demo measures beside the main job: every hospital alone, and the controls.
+
+All of it happens in the demo's own process, from the files that the real processes left; only here are the images of
+several hospitals in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from agent.recalibrate import forward_with_moments, recalibrate
+from agent.tasks import pooled_with
+from agent.train import TrainSettings, evaluate, train
+from aggregator.job import uploaded_moments, write_restored
+from datavector.data.images import ImageSet
+from datavector.demo.report import Score
+from datavector.layout import FloatArray, TensorFile, write_tensors
+from datavector.merge import merge_vectors
+from datavector.merge.batchnorm import Moments, pool
+from datavector.metrics import accuracy, balanced_accuracy
+from datavector.model import BaseModel, is_statistic
+from datavector.networks import build, head_tensors, load_file, load_weights, preprocess
+from datavector.vector import open_vector
+
+MAX_IMAGES = 1024
+
+
+@dataclass(frozen=True)
+class Study:
+    """The demo's data in one place.
+
+    Attributes:
+        vectors: each hospital's vector file, in the order in which the hospitals took part.
+        training: each hospital's training images, as its agent chose them, in the same order.
+        validation: each hospital's validation images.
+        test: images that nobody trained on.
+        folder: for what the study writes.
+    """
+
+    base: BaseModel
+    vectors: Mapping[str, Path]
+    training: Mapping[str, ImageSet]
+    validation: Mapping[str, ImageSet]
+    test: ImageSet
+    method: str
+    folder: Path
+
+    def single(self, hospital: str) -> Score:
+        """A hospital's own model: pretrained + its vector, statistics included."""
+        with self.base.open() as pretrained, open_vector(self.vectors[hospital], self.base) as vector:
+            names = [spec.name for spec in self.base.layout.tensors]
+            tensors = {name: pretrained.read(name) + vector.read(name) for name in names}
+        network = build(self.base)
+        load_weights(network, tensors)
+        return self._score(network)
+
+    def pooled(self, settings: TrainSettings) -> Score:
+        """Training on everybody's images at once: what sharing images would give."""
+        training, validation = _union(self.training.values()), _union(self.validation.values())
+        result = train(self.base, training, validation, settings, self.folder / "pooled")
+        network = build(self.base)
+        load_file(network, result.weights, self.base.layout)
+        return self._score(network)
+
+    def random(self, *, keep_head: bool, seed: int) -> Score:
+        """Random vectors, each tensor of its true norm, merged and restored like the true ones.
+
+        Args:
+            keep_head: whether the classification head's part stays true: the honest control, since any head but the
+                true one is at chance by itself.
+        """
+        kept = head_tensors(self.base) if keep_head else frozenset[str]()
+        files = []
+        for number, path in enumerate(self.vectors.values()):
+            files.append(self.folder / f"random-{number}-{keep_head}.safetensors")
+            with open_vector(path, self.base) as vector:
+                generator = np.random.default_rng([seed, number])
+                write_tensors(files[-1], self.base.vector_layout, _randomised(vector, kept, generator))
+        merged = self._merge(files, f"random-{keep_head}")
+        return self._visited(merged)
+
+    def no_restoration(self) -> Score:
+        """The merged weights with the pretrained BatchNorm statistics."""
+        return self._score(self._network(self._merge(list(self.vectors.values()), "merged")))
+
+    def calibrations(self) -> dict[str, Score]:
+        """The merged weights under each way to restore the statistics."""
+        merged = self._merge(list(self.vectors.values()), "merged")
+        return {
+            "visit": self._visited(merged),
+            "second visit": self._visited(merged, rounds=2),
+            "meeting": self._met(merged),
+            "uploaded": self._uploaded(merged),
+            "none": self._score(self._network(merged)),
+        }
+
+    # --- Restoring, as the real processes do it
+
+    def _visited(self, merged: Path, *, rounds: int = 1) -> Score:
+        left: dict[str, dict[str, Moments]] = {}
+        for _ in range(rounds):
+            for hospital, images in self.training.items():
+                others = _pool_layers([moments for name, moments in left.items() if name != hospital])
+                network = self._network(merged)
+                visit = recalibrate(network, self.base, images, partial(pooled_with, others), max_images=MAX_IMAGES)
+                left[hospital] = visit.moments
+        return self._restored(merged, _pool_layers(list(left.values())))
+
+    def _met(self, merged: Path) -> Score:
+        """A meeting equals one pass over everybody's images together."""
+        network = self._network(merged)
+        everybody = _union(self.training.values())
+        moments, _ = forward_with_moments(network, preprocess(everybody.images, self.base.input), lambda _, own: own)
+        return self._restored(merged, moments)
+
+    def _uploaded(self, merged: Path) -> Score:
+        images = [len(images) for images in self.training.values()]
+        uploaded = [
+            uploaded_moments(self.base, path, count) for path, count in zip(self.vectors.values(), images, strict=True)
+        ]
+        return self._restored(merged, _pool_layers(uploaded))
+
+    def _restored(self, merged: Path, moments: dict[str, Moments]) -> Score:
+        restored = self.folder / "restored.safetensors"
+        write_restored(restored, self.base, merged, moments)
+        return self._score(self._network(restored))
+
+    def _merge(self, vectors: Sequence[Path], name: str) -> Path:
+        output = self.folder / f"{name}.safetensors"
+        if not output.is_file():
+            merge_vectors(self.base, vectors, self.method, {}, output)
+        return output
+
+    def _network(self, weights: Path) -> nn.Module:
+        network = build(self.base)
+        load_file(network, weights, self.base.layout)
+        return network
+
+    def _score(self, network: nn.Module) -> Score:
+        confusion = evaluate(network, self.base, self.test)
+        return Score(accuracy(confusion), balanced_accuracy(confusion))
+
+
+def _randomised(vector: TensorFile, kept: frozenset[str], generator: np.random.Generator) -> Iterator[FloatArray]:
+    """A vector's tensors, replaced by random ones of the same norm but for statistics and those that are kept."""
+    for spec in vector.layout.tensors:
+        values = vector.read(spec.name)
+        if spec.name in kept or is_statistic(spec.name):
+            yield values
+            continue
+        noise = generator.standard_normal(spec.shape).astype(np.float32)
+        yield noise * np.float32(np.linalg.norm(values) / max(float(np.linalg.norm(noise)), 1e-30))
+
+
+def _pool_layers(moments: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
+    return {layer: pool([each[layer] for each in moments]) for layer in (moments[0] if moments else {})}
+
+
+def _union(sets: Collection[ImageSet]) -> ImageSet:
+    return ImageSet(
+        images=torch.cat([each.images for each in sets]),
+        labels=torch.cat([each.labels for each in sets]),
+        records=tuple(record for each in sets for record in each.records),
+        corrupt=tuple(item for each in sets for item in each.corrupt),
+    )

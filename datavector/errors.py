@@ -1,0 +1,189 @@
+"""Everything that can go wrong for a user, as one tree.
+
+DataVectorError                     exit code 1
+├── UsageError                      exit code 2: used wrongly, nothing was started
+│   └── ConfigError
+├── DataError                       a hospital's images
+│   ├── NoImages, OneClassOnly, UnknownClass, UnreadableData, CorruptImages
+├── ArtifactError                   a file is not what its digest or format says
+│   ├── BaseModelError, WrongDigest, WrongLayout, NotFinite, ReleaseError
+├── CertificateError                expired, foreign or unreadable
+├── Refused                         the aggregator said no; the same call will be refused again
+│   ├── WrongHospital, Denied, QuotaExceeded, AlreadyWithdrawn, ProtocolError, NotReady, NotFound
+├── Unreachable                     no aggregator at that address now; worth trying again
+├── TryAgain                        the aggregator gave the call up for a reason that passes
+├── DiskFull                        nothing half-stored stays
+├── MergeError
+└── Interrupted                     stopped by a signal; starting again goes on from where it was
+
+Every error says what is wrong and where (the message) and what to do next (the remedy). `status` is the gRPC
+status code (by name, so that nothing here imports grpc) that carries the error over the wire.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class DataVectorError(Exception):
+    """An error for the person who runs DataVector: no traceback is shown for it."""
+
+    exit_code = 1
+    status = "INTERNAL"
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}"
+
+
+class UsageError(DataVectorError):
+    """A command or a setting that cannot be carried out as given."""
+
+    exit_code = 2
+    status = "INVALID_ARGUMENT"
+
+
+class ConfigError(UsageError):
+    """A configuration file, environment variable or flag that is unknown or has a wrong value."""
+
+
+class DataError(DataVectorError):
+    """A hospital's images cannot be used as they are."""
+
+
+class NoImages(DataError):
+    """A data folder or manifest holds no image."""
+
+
+class OneClassOnly(DataError):
+    """Every image has the same label, so there is nothing to learn."""
+
+
+class UnknownClass(DataError):
+    """A label that the base model does not have."""
+
+
+class UnreadableData(DataError):
+    """A data folder or manifest cannot be opened or parsed."""
+
+
+class CorruptImages(DataError):
+    """More images than the allowed share cannot be decoded."""
+
+
+class ArtifactError(DataVectorError):
+    """A file is not what its digest or its format says."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class BaseModelError(ArtifactError):
+    """A base model that is unknown, incomplete or altered."""
+
+
+class WrongDigest(ArtifactError):
+    """The bytes at hand are not the bytes that were announced."""
+
+
+class WrongLayout(ArtifactError):
+    """A vector whose header is not the one that its base model determines."""
+
+
+class NotFinite(ArtifactError):
+    """A vector that contains NaN or an infinity."""
+
+
+class ReleaseError(ArtifactError):
+    """A release that cannot be made, or does not verify."""
+
+
+class CertificateError(DataVectorError):
+    """A certificate or key that is missing, unreadable, expired or of another authority."""
+
+    status = "UNAUTHENTICATED"
+
+
+class Refused(DataVectorError):
+    """The aggregator refuses a call, and would refuse it again."""
+
+    status = "FAILED_PRECONDITION"
+
+
+class WrongHospital(Refused):
+    """A certificate acted for a hospital that it does not name."""
+
+    status = "PERMISSION_DENIED"
+
+    def __init__(self, *, certificate: str, claimed: str) -> None:
+        super().__init__(
+            f"this certificate speaks for {certificate!r}, but the call is for {claimed!r}",
+            remedy=f"use the certificate of {claimed!r}, or set hospital = {certificate!r}",
+        )
+
+
+class Denied(Refused):
+    """A hospital or certificate that is on the deny list."""
+
+    status = "PERMISSION_DENIED"
+
+
+class QuotaExceeded(Refused):
+    """A hospital has as many vectors or open uploads as it may have."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+
+class AlreadyWithdrawn(Refused):
+    """A vector that was taken back cannot be sent again: consent goes one way."""
+
+
+class ProtocolError(Refused):
+    """A message that does not belong where it came."""
+
+    status = "INVALID_ARGUMENT"
+
+
+class NotReady(Refused):
+    """There is no Ready version (yet, or no more)."""
+
+
+class NotFound(Refused):
+    """The aggregator has nothing of that name."""
+
+    status = "NOT_FOUND"
+
+
+class Unreachable(DataVectorError):
+    """No aggregator answers at the configured address; trying again may help."""
+
+    status = "UNAVAILABLE"
+
+
+class TryAgain(DataVectorError):
+    """The aggregator gave a call up for a reason that passes: a stalled stream, a meeting that lost its quorum."""
+
+    status = "ABORTED"
+
+
+class DiskFull(DataVectorError):
+    """No space is left where something had to be written; what was half-written is gone."""
+
+    status = "RESOURCE_EXHAUSTED"
+
+    def __init__(self, path: Path, *, needed: int | None = None) -> None:
+        what = f" for {needed / 2**20:.0f} MiB" if needed else ""
+        super().__init__(f"no space left{what} on the disk of {path}", remedy="free space there, then run it again")
+
+
+class MergeError(DataVectorError):
+    """Vectors that cannot be merged together."""
+
+
+class Interrupted(DataVectorError):
+    """Stopped on request; the next start goes on from the last checkpoint."""
+
+    exit_code = 0

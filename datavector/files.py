@@ -1,0 +1,83 @@
+"""Files that are either whole or absent, and their digests."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from datavector.errors import DiskFull
+
+BLOCK = 1 << 20
+
+
+@contextmanager
+def atomic_write(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path` that replaces it, durably, when the block ends without an error.
+
+    The order is: fsync of the file, rename, fsync of the folder. On an error nothing is left behind.
+
+    Raises:
+        DiskFull: no space is left.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with disk_full_at(path), os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
+            yield file
+            file.flush()
+            os.fsync(descriptor)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+@contextmanager
+def disk_full_at(path: Path, *, needed: int | None = None) -> Iterator[None]:
+    """Turns the operating system's 'no space left' (or a quota's) into DiskFull for `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(path, needed=needed) from error
+        raise
+
+
+def fsync_folder(folder: Path) -> None:
+    """Makes renames and removals in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_file(path: Path, *, size: int | None = None) -> str:
+    """SHA-256 of a file, or of its first `size` bytes, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    left = path.stat().st_size if size is None else size
+    with path.open("rb", buffering=0) as file:
+        while left > 0 and (block := file.read(min(BLOCK, left))):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any, *, mode: int = 0o644) -> None:
+    """Writes JSON for people (indented), atomically."""
+    with atomic_write(path, mode=mode) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def canonical_json(value: Any) -> bytes:
+    """One JSON text per value: sorted keys, no spaces, UTF-8. What digests are computed over."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,0 +1,1 @@
+"""How vectors and tasks travel: TLS identity, chunking, generated stubs."""

@@ -1,0 +1,1 @@
+"""Generated from proto/datavector/v1; do not edit."""

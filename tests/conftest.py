@@ -1,0 +1,86 @@
+"""Fixtures of all tests: certificates, a running receiver, a hospital's client and its bad link."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from agent.client import Client, Credentials
+from agent.ledger import Ledger
+from datavector.model import BaseModel
+from datavector.wire.certs import init_authority, issue_aggregator, issue_hospital
+from tests.link import Link
+from tests.serving import Serving, make_base, make_settings, make_store, serve
+
+HOSPITALS = ("north", "south", "west")
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an authority, the aggregator's certificate, and those of the hospitals north, south and west."""
+    folder = tmp_path_factory.mktemp("certificates")
+    init_authority(folder)
+    issue_aggregator(folder, server_names=["localhost", "127.0.0.1"])
+    for hospital in HOSPITALS:
+        issue_hospital(folder, hospital)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """A base model of 4 kB with two BatchNorm layers."""
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="session")
+def large_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """A base model of 16 MiB: some chunks long."""
+    return make_base(tmp_path_factory.mktemp("large"), name="large", elements=4 << 20)
+
+
+@pytest.fixture
+def start_receiver(authority: Path, tmp_path: Path) -> Iterator[Callable[..., Serving]]:
+    """Starts receivers: `start_receiver(*bases, **settings)`; all on the same store."""
+    with ExitStack() as stack:
+
+        def start(*bases: BaseModel, **settings: object) -> Serving:
+            store = make_store(tmp_path / "store", *bases)
+            return stack.enter_context(serve(store, make_settings(authority, **settings)))
+
+        yield start
+
+
+@pytest.fixture
+def receiver(start_receiver: Callable[..., Serving], small_base: BaseModel, large_base: BaseModel) -> Serving:
+    """A running receiver with the policies `small` and `large`."""
+    return start_receiver(small_base, large_base)
+
+
+@pytest.fixture
+def connect(authority: Path, tmp_path: Path) -> Iterator[Callable[..., Client]]:
+    """Makes clients of a hospital: `connect(address, "north")`. By default a call is tried once."""
+    with ExitStack() as stack:
+
+        def make(address: str, hospital: str = "north", **options: object) -> Client:
+            credentials = Credentials(authority / f"{hospital}.crt", authority / f"{hospital}.key", authority / "ca.crt")
+            options = {"patience_seconds": 0, "ledger": Ledger(tmp_path / f"{hospital}.jsonl"), **options}
+            return stack.enter_context(Client(address, credentials, **options))  # type: ignore[arg-type]
+
+        yield make
+
+
+@pytest.fixture
+def cut_link() -> Iterator[Callable[[str], Link]]:
+    """Makes links to an address that can be cut."""
+    links: list[Link] = []
+
+    def make(target: str) -> Link:
+        links.append(Link(target))
+        return links[-1]
+
+    yield make
+    for link in links:
+        link.close()
