@@ -14,7 +14,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -79,9 +79,6 @@ Progress = Callable[[int, int], None]
 _OPTIONS = [
     ("grpc.max_receive_message_length", MAX_MESSAGE),
     ("grpc.max_send_message_length", MAX_MESSAGE),
-    # A dead link is noticed within 10 + 5 seconds, also while this side only waits.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 0),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.min_reconnect_backoff_ms", CONNECT_SECONDS * 1000),
@@ -110,6 +107,8 @@ class Client:
         ledger: where everything that leaves is recorded; without one, nothing can be sent.
         on_waiting: takes a sentence whenever the aggregator cannot be reached and a new try is due.
         patience_seconds: how long calls keep trying; None for ever, 0 for a single try.
+        keepalive_seconds: a silent link is asked for a sign of life after that, and given up after half as long again;
+            an upload that does not move at all is given up after three times that.
 
     Raises:
         CertificateError: a file is missing, unreadable, expired, or does not fit the others.
@@ -125,6 +124,7 @@ class Client:
         ledger: Ledger | None = None,
         on_waiting: Callable[[str], None] | None = None,
         patience_seconds: float | None = None,
+        keepalive_seconds: float = 10,
     ) -> None:
         self.address = address
         self.credentials = credentials
@@ -135,6 +135,12 @@ class Client:
         self.hospital = self.report.hospital
         self._on_waiting = on_waiting or (lambda _: None)
         self._patience = patience_seconds
+        self._stall_seconds = 3 * keepalive_seconds
+        self._options = [
+            *_OPTIONS,
+            ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
+            ("grpc.keepalive_timeout_ms", int(keepalive_seconds * 500)),
+        ]
         self._channel: grpc.Channel | None = None
         self._active: set[Any] = set()
         self._stopping = threading.Event()
@@ -264,11 +270,28 @@ class Client:
         return self.unary("BeginUpload", info, BeginUploadReply)
 
     def send_upload(self, messages: Iterator[bytes]) -> UploadReply:
-        """Sends serialised UploadRequests: open, chunk*, final. One try."""
+        """Sends serialised UploadRequests: open, chunk*, final. One try.
+
+        gRPC's keepalive waits behind a write that does not end, so that a link which takes nothing more is noticed
+        here: by messages that gRPC no longer asks for.
+        """
+        moved = time.monotonic()
+
+        def noting() -> Iterator[bytes]:
+            nonlocal moved
+            for message in messages:
+                moved = time.monotonic()
+                yield message
+
         method = self._connected().stream_unary(
             "/datavector.v1.Exchange/Upload", response_deserializer=UploadReply.FromString
         )
-        return self.result(method.future(messages), UploadReply)
+        with self.streaming(method.future(noting())) as call:
+            while time.monotonic() - moved < self._stall_seconds:
+                with suppress(grpc.FutureTimeoutError):
+                    reply: UploadReply = call.result(timeout=self._stall_seconds / 10)
+                    return reply
+        raise Unreachable(f"the aggregator at {self.address} takes no more bytes", remedy="check the network")
 
     def sending_vector(self, info: VectorInfo) -> AbstractContextManager[Sending]:
         """The ledger's lines around an upload."""
@@ -387,7 +410,7 @@ class Client:
                 path.read_bytes() for path in (self.credentials.certificate, self.credentials.key, self.credentials.ca)
             )
             credentials = grpc.ssl_channel_credentials(ca, key, certificate)
-            self._channel = grpc.secure_channel(self.address, credentials, options=_OPTIONS)
+            self._channel = grpc.secure_channel(self.address, credentials, options=self._options)
         return self._channel
 
     def _disconnect(self) -> None:

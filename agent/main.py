@@ -76,7 +76,7 @@ def _prepare(site: Site) -> Ready:
     checks.check("certificate", partial(preflight.certificate, settings))
     checks.check("device", partial(preflight.device, settings))
     policy = _policy(site)
-    say(f"ok    aggregator   {settings.aggregator}, policy {policy.name} is waiting for {policy.waiting_for}")
+    say(f"ok    aggregator   {settings.aggregator}, policy {policy.name}: {policy.waiting_for}")
     base, records = None, None
     if checks.check("disk", partial(preflight.disk, settings, policy)):
         base = checks.check("base model", partial(preflight.base_model, settings, site.client, policy))

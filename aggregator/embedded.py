@@ -7,10 +7,9 @@ the same thread) is never overwritten by an older state.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from aggregator.reconcile import (
     StopJob,
     WakeAt,
     World,
+    erasures,
     explain,
     plan,
     sweep,
@@ -35,11 +35,13 @@ from aggregator.reconcile import (
 from aggregator.registry import Registry
 from aggregator.resources import MergePolicy, ModelVersion, utc_now
 from aggregator.store import OpenCalibration, Store
+from datavector.errors import DataVectorError
 
 log = logging.getLogger(__name__)
 
 STAGES: tuple[Stage, ...] = ("merge", "release")
 SETTLE_ROUNDS = 100
+PAUSE_SECONDS = 10  # after a full disk or the like: the receiver, and so withdrawals, must not end with it
 
 
 class Reconciler:
@@ -66,7 +68,11 @@ class Reconciler:
         try:
             while True:
                 self._changed.clear()
-                next_time = self.reconcile()
+                try:
+                    next_time = self.reconcile()
+                except (DataVectorError, OSError) as error:
+                    log.error("%s; trying again in %d seconds", error, PAUSE_SECONDS)
+                    next_time = utc_now() + timedelta(seconds=PAUSE_SECONDS)
                 timeout = None if next_time is None else max((next_time - utc_now()).total_seconds(), 0.0)
                 try:
                     await asyncio.wait_for(self._changed.wait(), timeout)
@@ -89,13 +95,23 @@ class Reconciler:
             worlds = [self.observe(policy) for policy in self.registry.policies()]
             actions = [action for world in worlds for action in plan(world, now)]
             actions += sweep(worlds, self.registry.vectors(), now)
-            todo = [action for action in actions if not isinstance(action, WakeAt)]
+            actions += self._clear_orphans()
+            todo = [action for action in actions if not isinstance(action, WakeAt) and not self._is_stopping(action)]
             if not todo:
                 self.on_settled({world.policy.name: explain(world, now) for world in worlds})
                 return min((action.time for action in actions if isinstance(action, WakeAt)), default=None)
             for action in todo:
                 self._carry_out(action)
         raise RuntimeError(f"still not settled after {SETTLE_ROUNDS} rounds: {todo}")
+
+    def _clear_orphans(self) -> list[Action]:
+        """What is to be erased of versions whose policy is gone: a withdrawal reaches them too."""
+        policies = {policy.name for policy in self.registry.policies()}
+        orphans = [version for version in self.registry.versions() if version.spec.policy_ref not in policies]
+        return erasures(orphans, running=frozenset(self._jobs), on_disk=self._on_disk(orphans))
+
+    def _on_disk(self, versions: Iterable[ModelVersion]) -> frozenset[str]:
+        return frozenset(version.name for version in versions if self.store.has_version(version.name))
 
     def explain(self, policy: MergePolicy) -> str:
         """What a policy waits for now, as a sentence."""
@@ -114,7 +130,7 @@ class Reconciler:
             reports={key: report for key, report in reports.items() if report is not None},
             visits={name: self.store.rounds(name) for name in names},
             running=frozenset(self._jobs),
-            on_disk=frozenset(version.name for version in versions if self.store.has_version(version.name)),
+            on_disk=self._on_disk(versions),
         )
 
     def _base(self, policy: MergePolicy) -> Base | None:
@@ -137,7 +153,7 @@ class Reconciler:
             case RunJob(version, stage):
                 self._start_job(version, stage)
             case StopJob(version):
-                self._jobs.pop(version).cancel()
+                self._jobs[version].cancel()
             case AskHospitals(version, quorum):
                 self.store.open_calibration(_calibration(version, quorum))
             case StopAsking(version):
@@ -153,17 +169,25 @@ class Reconciler:
     def _start_job(self, name: str, stage: Stage) -> None:
         self.store.write_version(name, self._version(name).dump())
         self._jobs[name] = asyncio.create_task(self._run_job(name, stage), name=f"{stage} {name}")
+        self._jobs[name].add_done_callback(lambda _: self._job_ended(name))
 
     async def _run_job(self, name: str, stage: Stage) -> None:
-        message = await run_job(self.store.root, name, stage)
-        self._jobs.pop(name, None)
-        if message:
+        if message := await run_job(self.store.root, name, stage):
             self._record_failure(name, stage, message)
+
+    def _job_ended(self, name: str) -> None:
+        del self._jobs[name]
         self.wake()
+
+    def _is_stopping(self, action: Action) -> bool:
+        """Whether an action is done but for its process's end, until which the version counts as running."""
+        return isinstance(action, StopJob) and self._jobs[action.version].cancelling() > 0
 
     def _record_failure(self, name: str, stage: Stage, message: str) -> None:
         log.warning("%s: %s failed: %s", name, stage, message)
         version = self._version(name)
+        if not version.status.phase.unfinished:
+            return
         attempts = version.status.attempts + 1
         retry_at = utc_now() + timedelta(seconds=2.0**attempts)
         status = version.status.model_copy(update={"attempts": attempts, "message": message, "retry_at": retry_at})
@@ -194,8 +218,11 @@ async def run_job(store: Path, version: str, stage: Stage) -> str:
         raise
     if process.returncode == 0:
         return ""
-    last_line = errors.decode(errors="replace").strip().rpartition("\n")[2]
-    return last_line or f"the {stage} process ended with {process.returncode}"
+    if process.returncode is not None and process.returncode < 0:
+        return f"the {stage} process was killed by signal {-process.returncode}"
+    output = errors.decode(errors="replace").strip()
+    log.debug("%s of %s wrote:\n%s", stage, version, output)
+    return output.rpartition("\n")[2] or f"the {stage} process ended with {process.returncode}"
 
 
 def _calibration(version: ModelVersion, quorum: int) -> OpenCalibration:

@@ -16,10 +16,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from aggregator.reconcile import quorum
 from aggregator.resources import CalibrationMode, ModelVersion, utc_now
 from aggregator.store import Store, Visit
 from datavector.errors import DataVectorError, WrongDigest
-from datavector.files import sha256_file
+from datavector.files import disk_full_at, sha256_file
 from datavector.layout import FloatArray, TensorFile, write_tensors
 from datavector.merge import merge_vectors
 from datavector.merge.batchnorm import Moments, pool
@@ -49,10 +50,13 @@ def run_stage(store: Store, name: str, stage: str) -> None:
     Raises:
         DataVectorError: an input is missing or altered, the disk is full, or the release does not verify.
     """
+    store.remove_leftovers(name)
     version = ModelVersion.parse(store.read_version(name))
     base = store.base(version.spec.base_model_ref)
     work = {"merge": merge, "release": release}[stage]
-    store.write_report(name, stage, work(store, version, base))
+    with disk_full_at(store.root):
+        report = work(store, version, base)
+    store.write_report(name, stage, report)
 
 
 def merge(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, Any]:
@@ -110,12 +114,12 @@ def calibrate(store: Store, version: ModelVersion, base: BaseModel) -> tuple[dic
     if wanted is CalibrationMode.NONE:
         return {"mode": "none", "hospitals": [], "images": 0, "note": "pretrained statistics, as the policy says"}, {}
     visits = [visit for visit in store.visits(version.name) if visit.hospital in version.hospitals]
-    quorum = min(version.spec.calibration.quorum or len(version.hospitals), len(version.hospitals))
-    if wanted is not CalibrationMode.UPLOADED and len(visits) >= quorum:
+    needed = quorum(version)
+    if wanted is not CalibrationMode.UPLOADED and len(visits) >= needed:
         return _described(wanted, visits), _pooled(base, [visit.moments for visit in visits])
     note = "as the policy says"
     if wanted is not CalibrationMode.UPLOADED:
-        note = f"last resort: {len(visits)} of {quorum} hospitals took part in a {wanted.value} before the deadline"
+        note = f"last resort: {len(visits)} of {needed} hospitals took part in a {wanted.value} before the deadline"
     inputs = version.spec.inputs
     uploaded = [uploaded_moments(base, store.blob(e.hospital, e.digest), e.sample_count) for e in inputs]
     images = sum(entry.sample_count for entry in inputs)

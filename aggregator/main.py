@@ -56,7 +56,7 @@ async def _serve(settings: AggregatorSettings, store: Store, registry: SqliteReg
         metrics.count_objects(registry.vectors(), registry.versions())
         for name, sentence in sentences.items():
             if waiting.get(name) != sentence:
-                say(f"{name}: waiting for {sentence}")
+                say(f"{name}: {sentence}")
         waiting.update(sentences)
 
     reconciler = Reconciler(store, registry, settled)
@@ -123,7 +123,7 @@ def print_status(root: Path) -> None:
     console.print(vectors, versions)
     reconciler = Reconciler(store, registry, lambda _: None)
     for policy in registry.policies():
-        console.print(f"{policy.name} waits for {reconciler.explain(policy)}")
+        console.print(f"{policy.name}: {reconciler.explain(policy)}")
     registry.close()
 
 

@@ -8,6 +8,7 @@ action may be repeated.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -124,13 +125,14 @@ def plan(world: World, now: datetime) -> list[Action]:
     """The next actions for one policy, in the order in which they must be carried out.
 
     A withdrawal comes before everything else: as long as a version with a withdrawn vector is not Revoked, nothing
-    but its revocation is planned.
+    but its revocation is planned. Then comes the version that the policy wants, then the work on those there are.
     """
     if revoked := revocations(world.vectors, world.versions, now):
         return [Save(version) for version in revoked]
     newer = _next_version(world, now)
-    overtaken = {action.resource.name for action in newer if isinstance(action, Save)}
-    return [*newer, *_progress(world, now, skip=overtaken), *_clear(world, now)]
+    if newer and not isinstance(newer[0], WakeAt):
+        return newer
+    return [*newer, *_progress(world, now), *_clear(world, now)]
 
 
 def sweep(worlds: Sequence[World], vectors: Sequence[DataVector], now: datetime) -> list[Action]:
@@ -188,14 +190,11 @@ def eligible(world: World) -> tuple[DataVector, ...]:
 
     A hospital whose newest vector is withdrawn is out: an older one does not take its place.
     """
-    newest: dict[str, DataVector] = {}
-    for vector in world.vectors:
-        if world.base and vector.spec.base_model_ref == world.base.digest:
-            known = newest.get(vector.spec.hospital)
-            if known is None or known.spec.sequence < vector.spec.sequence:
-                newest[vector.spec.hospital] = vector
-    granted = (vector for vector in newest.values() if vector.granted)
-    return tuple(sorted(granted, key=lambda vector: vector.spec.artifact.digest))
+    if world.base is None:
+        return ()
+    newest = _newest(vector for vector in world.vectors if vector.spec.base_model_ref == world.base.digest)
+    granted = (vector for vector in newest if vector.granted)
+    return tuple(sorted(granted, key=lambda vector: (vector.spec.artifact.digest, vector.name)))
 
 
 def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersion:
@@ -234,18 +233,32 @@ def due(world: World, vectors: tuple[DataVector, ...]) -> datetime | None:
     """When `vectors` are to be merged: None for at once.
 
     Arrivals wait for quiet, at most maxWaitSeconds after there were enough hospitals. A withdrawal or a changed
-    policy brings nothing new to wait for.
+    policy brings nothing new to wait for, and a withdrawal that left no version does not wait for arrivals either.
     """
-    merged = {name for version in world.versions for name in version.vectors}
-    arrivals = [vector.status.stored_at for vector in vectors if vector.name not in merged]
-    if not arrivals:
-        return None
     trigger = world.policy.spec.trigger
-    enough = sorted(vector.status.stored_at for vector in vectors)[trigger.min_hospitals - 1]
+    merged = {name for version in world.versions for name in version.vectors}
+    arrivals = [vector for vector in vectors if vector.name not in merged]
+    bereft = all(version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED) for version in world.versions)
+    if not arrivals or (bereft and len(vectors) - len(arrivals) >= trigger.min_hospitals):
+        return None
+    first = min(_waiting_since(vector, world.vectors, merged) for vector in arrivals)
+    enough = sorted(_waiting_since(vector, world.vectors, merged) for vector in vectors)[trigger.min_hospitals - 1]
     return min(
-        max(arrivals) + timedelta(seconds=trigger.quiet_period_seconds),
-        max(min(arrivals), enough) + timedelta(seconds=trigger.max_wait_seconds),
+        max(vector.status.stored_at for vector in arrivals) + timedelta(seconds=trigger.quiet_period_seconds),
+        max(first, enough) + timedelta(seconds=trigger.max_wait_seconds),
     )
+
+
+def erasures(versions: Iterable[ModelVersion], *, running: frozenset[str], on_disk: frozenset[str]) -> list[Action]:
+    """Ends the jobs and erases the files of versions that nobody may use any more."""
+    actions: list[Action] = []
+    for version in versions:
+        if version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED, Phase.FAILED):
+            if version.name in running:
+                actions.append(StopJob(version.name))
+            elif version.name in on_disk:
+                actions.append(EraseVersion(version.name))
+    return actions
 
 
 def quorum(version: ModelVersion) -> int:
@@ -274,7 +287,7 @@ def explain(world: World, now: datetime) -> str:
         case Phase.CALIBRATING:
             return f"{version.name}: {_missing_visits(version, world)}"
         case Phase.READY:
-            return f"nothing: {version.name} is Ready"
+            return f"{version.name} is Ready"
         case Phase.FAILED:
             return f"{version.name} failed: {version.status.message}"
         case phase:
@@ -285,31 +298,46 @@ def explain(world: World, now: datetime) -> str:
 
 
 def _next_version(world: World, now: datetime) -> list[Action]:
-    """Creates the version of the eligible vectors once it is due; unfinished older ones give way to it."""
+    """Creates the version of the eligible vectors once it is due, or revives it; unfinished others give way to it."""
     vectors = eligible(world)
     if world.policy.spec.suspend or len(vectors) < world.policy.spec.trigger.min_hospitals:
         return []
     wanted = desired_version(world, vectors)
     known = {version.name: version for version in world.versions}.get(wanted.name)
     if known is not None and known.status.phase is not Phase.SUPERSEDED:
-        return []
+        return [*_give_way(known, world, now), *_newest_ready(known, world, now)]
     time = due(world, vectors)
     if time is not None and now < time:
         return [WakeAt(time)]
-    overtaken = [
-        Save(version.with_phase(Phase.SUPERSEDED, now=now, message=f"{wanted.name} has newer inputs"))
-        for version in world.versions
-        if version.status.phase in (Phase.PENDING, Phase.CALIBRATING)
-    ]
     start: Action = CreateVersion(wanted) if known is None else Save(known.with_phase(Phase.PENDING, now=now))
-    return [*overtaken, start]
+    return [*_give_way(wanted, world, now), start]
 
 
-def _progress(world: World, now: datetime, *, skip: set[str]) -> list[Action]:
-    """Moves each unfinished version one phase on, where it can be."""
+def _give_way(wanted: ModelVersion, world: World, now: datetime) -> list[Action]:
+    """Supersedes the unfinished others. One that is being released may finish, unless what is wanted is Ready."""
+    giving = {Phase.PENDING, Phase.CALIBRATING}
+    if wanted.status.phase is Phase.READY:
+        giving.add(Phase.RELEASING)
     return [
-        action for version in world.versions if version.name not in skip for action in _progress_of(version, world, now)
+        Save(version.with_phase(Phase.SUPERSEDED, now=now, message=f"gave way to {wanted.name}"))
+        for version in world.versions
+        if version.name != wanted.name and version.status.phase in giving
     ]
+
+
+def _newest_ready(wanted: ModelVersion, world: World, now: datetime) -> list[Action]:
+    """Clients take the version that became Ready last: makes it the wanted one after a policy was changed back."""
+    ready = {version.name: version.status.ready_at for version in world.versions if version.status.phase is Phase.READY}
+    own = ready.pop(wanted.name, None)
+    latest = max((ready_at for ready_at in ready.values() if ready_at), default=None)
+    if own is None or latest is None or own > latest:
+        return []
+    return [Save(wanted.with_phase(Phase.READY, now=now, ready_at=max(now, latest + timedelta(microseconds=1))))]
+
+
+def _progress(world: World, now: datetime) -> list[Action]:
+    """Moves each unfinished version one phase on, where it can be."""
+    return [action for version in world.versions for action in _progress_of(version, world, now)]
 
 
 def _progress_of(version: ModelVersion, world: World, now: datetime) -> list[Action]:
@@ -353,7 +381,7 @@ def _await_hospitals(version: ModelVersion, world: World, now: datetime) -> list
 
 
 def _clear(world: World, now: datetime) -> list[Action]:
-    """Ends Ready versions over the history limit, and erases the files of revoked and superseded versions."""
+    """Ends Ready versions over the history limit, and erases the files of versions that nobody may use any more."""
     newest_first = sorted(
         (version for version in world.versions if version.status.phase is Phase.READY),
         key=lambda version: (version.status.ready_at or now, version.name),
@@ -363,26 +391,35 @@ def _clear(world: World, now: datetime) -> list[Action]:
         Save(version.with_phase(Phase.SUPERSEDED, now=now, message="older than historyLimit"))
         for version in newest_first[world.policy.spec.history_limit :]
     ]
-    for version in world.versions:
-        if version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED):
-            if version.name in world.running:
-                actions.append(StopJob(version.name))
-            elif version.name in world.on_disk:
-                actions.append(EraseVersion(version.name))
-    return actions
+    return actions + erasures(world.versions, running=world.running, on_disk=world.on_disk)
 
 
 def _replaced(vectors: Sequence[DataVector]) -> set[str]:
     """Names of the vectors that a newer one of the same hospital and base has replaced."""
-    newest: dict[tuple[str, str], int] = {}
-    for vector in vectors:
-        key = (vector.spec.hospital, vector.spec.base_model_ref)
-        newest[key] = max(newest.get(key, 0), vector.spec.sequence)
-    return {
-        vector.name
-        for vector in vectors
-        if vector.spec.sequence < newest[vector.spec.hospital, vector.spec.base_model_ref]
-    }
+    return {vector.name for vector in vectors} - {vector.name for vector in _newest(vectors)}
+
+
+def _newest(vectors: Iterable[DataVector]) -> list[DataVector]:
+    """The newest vector of each hospital and base model, in whatever order they come."""
+    by_age = sorted(vectors, key=_seniority)
+    return list({(vector.spec.hospital, vector.spec.base_model_ref): vector for vector in by_age}.values())
+
+
+def _seniority(vector: DataVector) -> tuple[int, datetime, str]:
+    """Orders the vectors of a hospital: the sequence decides, and the rest only between equal ones."""
+    return vector.spec.sequence, vector.status.stored_at, vector.name
+
+
+def _waiting_since(vector: DataVector, vectors: Iterable[DataVector], merged: set[str]) -> datetime:
+    """When the first of a hospital's vectors came that none of its merged ones has replaced.
+
+    So a hospital that keeps sending does not put off the others for longer than maxWaitSeconds.
+    """
+    key = (vector.spec.hospital, vector.spec.base_model_ref)
+    own = [other for other in vectors if other.granted and (other.spec.hospital, other.spec.base_model_ref) == key]
+    newest_first = sorted(own, key=_seniority, reverse=True)
+    unmerged = itertools.takewhile(lambda other: other.name not in merged, newest_first)
+    return min((other.status.stored_at for other in unmerged), default=vector.status.stored_at)
 
 
 def _withdrawn(vector: DataVector, now: datetime) -> DataVector:
@@ -397,9 +434,10 @@ def _withdrawn(vector: DataVector, now: datetime) -> DataVector:
 
 
 def _visitors(version: ModelVersion, world: World) -> list[str]:
-    """Hospitals that have done all their rounds."""
-    rounds = world.visits.get(version.name, {})
-    return [name for name in version.hospitals if rounds.get(name, 0) >= version.spec.calibration.visits]
+    """Hospitals that have done all their rounds; a meeting is one."""
+    calibration, rounds = version.spec.calibration, world.visits.get(version.name, {})
+    wanted = calibration.visits if calibration.mode is CalibrationMode.VISIT else 1
+    return [name for name in version.hospitals if rounds.get(name, 0) >= wanted]
 
 
 def _deadline(version: ModelVersion) -> datetime:

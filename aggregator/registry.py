@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from aggregator.reconcile import withdraw
-from aggregator.resources import DataVector, MergePolicy, ModelVersion, Resource, utc_now
+from aggregator.resources import DataVector, MergePolicy, ModelVersion, Phase, Resource, utc_now
+from datavector.errors import DiskFull
 
 AnyResource = TypeVar("AnyResource", bound=Resource)
 
@@ -31,7 +33,14 @@ class Registry(Protocol):
         """Records a version; the one that is already there under that name wins and is returned."""
 
     def save(self, *changed: Resource) -> None:
-        """Replaces objects, all or none."""
+        """Replaces objects, all or none.
+
+        A state that was planned before a withdrawal never undoes it: one that would bring a Revoked version or a
+        withdrawn vector back is left out.
+
+        Raises:
+            DiskFull: no space is left; nothing has changed.
+        """
 
     def withdraw(self, hospital: str, base_digest: str | None) -> tuple[list[DataVector], list[ModelVersion]]:
         """Withdraws a hospital's vectors and revokes every version with one of them, in one step.
@@ -45,6 +54,7 @@ class SqliteRegistry:
     """Objects as JSON rows of one table; a change is on disk before the call returns."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._lock = threading.Lock()
         self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._connection.execute("PRAGMA journal_mode = WAL")
@@ -64,9 +74,8 @@ class SqliteRegistry:
 
     def set_policies(self, policies: Iterable[MergePolicy]) -> None:
         """Makes these the only policies: the policy file is their source of truth."""
-        with self._lock, self._connection as transaction:
-            transaction.execute("BEGIN IMMEDIATE")
-            transaction.execute("DELETE FROM objects WHERE kind = ?", (MergePolicy.kind_name,))
+        with self._transaction():
+            self._connection.execute("DELETE FROM objects WHERE kind = ?", (MergePolicy.kind_name,))
             self._put(policies)
 
     def add_vector(self, vector: DataVector) -> DataVector:
@@ -76,35 +85,63 @@ class SqliteRegistry:
         return self._add(version)
 
     def save(self, *changed: Resource) -> None:
-        with self._lock, self._connection as transaction:
-            transaction.execute("BEGIN IMMEDIATE")
-            self._put(changed)
+        with self._transaction():
+            self._put(resource for resource in changed if not self._would_undo(resource))
 
     def withdraw(self, hospital: str, base_digest: str | None) -> tuple[list[DataVector], list[ModelVersion]]:
-        vectors, versions = withdraw(self.vectors(), self.versions(), hospital, base_digest, utc_now())
-        self.save(*vectors, *versions)
-        return vectors, versions
+        with self._transaction():
+            vectors, versions = self._all(DataVector), self._all(ModelVersion)
+            taken_back, revoked = withdraw(vectors, versions, hospital, base_digest, utc_now())
+            self._put([*taken_back, *revoked])
+        return taken_back, revoked
 
     def close(self) -> None:
         self._connection.close()
 
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All or nothing, and nobody else writes meanwhile, in this process or another."""
+        with self._lock:
+            try:
+                self._connection.execute("BEGIN IMMEDIATE")
+                with self._connection:
+                    yield
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
+                    raise DiskFull(self._path) from error
+                raise
+
     def _list(self, kind: type[AnyResource]) -> list[AnyResource]:
         with self._lock:
-            rows = self._connection.execute(
-                "SELECT body FROM objects WHERE kind = ? ORDER BY name", (kind.kind_name,)
-            ).fetchall()
-        return [kind.parse(json.loads(body)) for (body,) in rows]
+            return self._all(kind)
 
     def _add(self, resource: AnyResource) -> AnyResource:
-        with self._lock:
-            self._connection.execute(
-                "INSERT INTO objects VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-                (resource.kind_name, resource.name, json.dumps(resource.dump())),
-            )
-            (body,) = self._connection.execute(
-                "SELECT body FROM objects WHERE kind = ? AND name = ?", (resource.kind_name, resource.name)
-            ).fetchone()
-        return type(resource).parse(json.loads(body))
+        with self._transaction():
+            known = self._get(resource)
+            if known is None:
+                self._put([resource])
+        return known or resource
+
+    def _would_undo(self, resource: Resource) -> bool:
+        known = self._get(resource)
+        if isinstance(known, ModelVersion) and isinstance(resource, ModelVersion):
+            return known.status.phase is Phase.REVOKED is not resource.status.phase
+        if isinstance(known, DataVector) and isinstance(resource, DataVector):
+            return resource.granted and not known.granted
+        return False
+
+    # --- Inside a transaction, or with the lock held
+
+    def _all(self, kind: type[AnyResource]) -> list[AnyResource]:
+        rows = self._connection.execute("SELECT body FROM objects WHERE kind = ? ORDER BY name", (kind.kind_name,))
+        return [kind.parse(json.loads(body)) for (body,) in rows.fetchall()]
+
+    def _get(self, resource: AnyResource) -> AnyResource | None:
+        """The object of that kind and name as it stands."""
+        row = self._connection.execute(
+            "SELECT body FROM objects WHERE kind = ? AND name = ?", (resource.kind_name, resource.name)
+        ).fetchone()
+        return None if row is None else type(resource).parse(json.loads(row[0]))
 
     def _put(self, resources: Iterable[Resource]) -> None:
         self._connection.executemany(

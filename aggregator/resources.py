@@ -7,7 +7,7 @@ shape of the MergePolicy resource. Field names are camelCase outside and snake_c
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -331,14 +331,23 @@ def _sentences(error: ValidationError) -> Sequence[str]:
 def _sentence(location: tuple[int | str, ...], message: str, kind: str) -> str:
     where = ".".join(str(part) for part in location)
     if kind != "extra_forbidden":
+        message = message.removeprefix("Value error, ")
         return f"{where}: {message[0].lower()}{message[1:]}"
-    nearest = difflib.get_close_matches(str(location[-1]), _fields(MergePolicy, location[:-1]), n=1, cutoff=0)
-    return f"{where} is no field here" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    return f"{where} is no field here; did you mean {_nearest(where)}?"
 
 
-def _fields(schema: type[Schema], location: Sequence[int | str]) -> list[str]:
-    for part in location:
-        field = next(field for name, field in schema.model_fields.items() if part in (name, field.alias))
-        assert isinstance(field.annotation, type)  # noqa: S101  every nested part of a policy is a class
-        schema = field.annotation
-    return [field.alias or name for name, field in schema.model_fields.items()]
+def _nearest(unknown: str) -> str:
+    """The field that an unknown one stands for: of the same name elsewhere, or of a similar name in the same part."""
+    known = list(_field_paths(MergePolicy))
+    part, _, name = unknown.rpartition(".")
+    elsewhere = [path for path in known if path.rpartition(".")[2] == name]
+    siblings = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == part]
+    return (elsewhere or difflib.get_close_matches(name, siblings, n=1, cutoff=0))[0]
+
+
+def _field_paths(schema: type[Schema], part: str = "") -> Iterator[str]:
+    for name, field in schema.model_fields.items():
+        path = f"{part}{field.alias or name}"
+        yield path
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Schema):
+            yield from _field_paths(field.annotation, f"{path}.")

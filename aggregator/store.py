@@ -13,6 +13,7 @@ Every file is written atomically, so receiver and jobs share nothing but this fo
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from datavector.errors import BaseModelError
-from datavector.files import atomic_write, fsync_folder, write_json
+from datavector.errors import BaseModelError, NotFound
+from datavector.files import BLOCK, atomic_write, fsync_folder, write_json
 from datavector.merge.batchnorm import Moments
-from datavector.model import FILES, BaseModel
+from datavector.model import DESCRIPTION, FILES, BaseModel
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,15 @@ class Visit:
     moments: dict[str, Moments]
 
 
+_PLAIN = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
 class Store:
-    """Paths and atomic operations below one folder."""
+    """Paths and atomic operations below one folder.
+
+    Every name that becomes part of a path must be plain, wherever it came from; any other is NotFound.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -67,19 +75,25 @@ class Store:
     # --- base models
 
     def import_base(self, source: Path) -> BaseModel:
-        """Copies a base model artifact into the store (or finds it there)."""
+        """Copies a base model artifact into the store (or finds it there).
+
+        Raises:
+            BaseModelError: the source, or the copy that is already there, is incomplete or altered.
+            DiskFull: no space is left.
+        """
         base = BaseModel.load(source)
         target = self._base(base.digest)
-        if not target.is_dir():
-            partial = target.with_suffix(".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(source, partial, copy_function=shutil.copyfile)
-            partial.rename(target)
-            fsync_folder(target.parent)
+        target.mkdir(exist_ok=True)
+        for name in reversed(FILES):  # the description last: without it there is no base model
+            if not (target / name).is_file():
+                with atomic_write(target / name) as copy, (source / name).open("rb") as original:
+                    shutil.copyfileobj(original, copy, BLOCK)
+        fsync_folder(target.parent)
         return BaseModel.load(target, digest=base.digest)
 
     def bases(self) -> list[BaseModel]:
-        return [BaseModel.load(path) for path in sorted((self.root / "bases").iterdir()) if not path.suffix]
+        """All base models, sorted by digest; one whose import was cut short is not there yet."""
+        return [BaseModel.load(path.parent) for path in sorted((self.root / "bases").glob(f"*/{DESCRIPTION}"))]
 
     def base(self, reference: str) -> BaseModel:
         """The base model of that digest or name.
@@ -87,6 +101,8 @@ class Store:
         Raises:
             BaseModelError: none, or several of that name.
         """
+        if _DIGEST.fullmatch(reference) and self.base_file(reference, DESCRIPTION):
+            return BaseModel.load(self._base(reference), digest=reference)
         bases = self.bases()
         found = [base for base in bases if reference in (base.digest, base.name)]
         if len(found) != 1:
@@ -102,20 +118,20 @@ class Store:
         return path if name in FILES and path.is_file() else None
 
     def _base(self, digest: str) -> Path:
-        return self.root / "bases" / digest.removeprefix("sha256:")
+        return self._path("bases", digest.removeprefix("sha256:"))
 
     # --- vectors
 
     def upload(self, hospital: str, sha256: str) -> Path:
-        return self.root / "uploads" / hospital / f"{sha256}.part"
+        return self._path("uploads", hospital, f"{sha256}.part")
 
     def blob(self, hospital: str, sha256: str) -> Path:
-        return self.root / "blobs" / hospital / sha256.removeprefix("sha256:")
+        return self._path("blobs", hospital, sha256.removeprefix("sha256:"))
 
     # --- versions and their calibration
 
     def version(self, name: str) -> Path:
-        return self.root / "versions" / name
+        return self._path("versions", name)
 
     def has_version(self, name: str) -> bool:
         return self.version(name).is_dir() or self.release(name).is_dir()
@@ -132,7 +148,7 @@ class Store:
         return self.version(version) / "merged.safetensors"
 
     def release(self, version: str) -> Path:
-        return self.root / "releases" / version
+        return self._path("releases", version)
 
     def write_report(self, version: str, stage: str, report: dict[str, Any]) -> None:
         write_json(self.version(version) / f"report-{stage}.json", report)
@@ -157,7 +173,7 @@ class Store:
             yield OpenCalibration(**{**content, "hospitals": tuple(content["hospitals"])})
 
     def save_visit(self, version: str, visit: Visit) -> None:
-        path = self.version(version) / "visits" / f"{visit.hospital}.npz"
+        path = self._path("versions", version, "visits", f"{visit.hospital}.npz")
         arrays = {
             f"{kind}:{layer}": getattr(moments, kind)
             for layer, moments in visit.moments.items()
@@ -172,19 +188,40 @@ class Store:
 
     def rounds(self, version: str) -> dict[str, int]:
         """Visits done, by hospital."""
-        return {visit.hospital: visit.rounds for visit in self.visits(version)}
+        rounds = {}
+        for path in sorted((self.version(version) / "visits").glob("*.npz")):
+            with np.load(path) as arrays:
+                rounds[path.stem] = int(arrays["rounds"])
+        return rounds
 
     def erase_version(self, version: str) -> None:
-        """Removes a version's weights, moments and release; what one release reveals about a vector goes with it."""
-        for folder in (self.release(version), self.version(version)):
+        """Removes a version's weights, moments and release; what one release reveals about a vector goes with it.
+
+        The reports go first: a version that is taken up again after a half-done erasure starts from nothing.
+        """
+        for report in self.version(version).glob("report-*.json"):
+            report.unlink()
+        unfinished = self.release(version).with_name(f".{version}.partial")
+        for folder in (unfinished, self.release(version), self.version(version)):
             shutil.rmtree(folder, ignore_errors=True)
             fsync_folder(folder.parent)
+
+    def remove_leftovers(self, version: str) -> None:
+        """Removes what writers of a version's files left when they were killed; none of them may be running."""
+        for path in self.version(version).glob(".*"):
+            path.unlink()
 
     def erase_blob(self, hospital: str, sha256: str) -> None:
         path = self.blob(hospital, sha256)
         path.unlink(missing_ok=True)
         if path.parent.is_dir():
             fsync_folder(path.parent)
+
+    def _path(self, *parts: str) -> Path:
+        for part in parts:
+            if not _PLAIN.fullmatch(part):
+                raise NotFound(f"{part!r} is no name in the store", remedy="use a name that the aggregator gave")
+        return self.root.joinpath(*parts)
 
 
 def _visit(path: Path) -> Visit:

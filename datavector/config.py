@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from datavector.errors import ConfigError
+
+_PATHS = (Path, Path | None)
 
 
 class Section(BaseModel):
@@ -24,6 +27,9 @@ class Section(BaseModel):
 
 
 Settings = TypeVar("Settings", bound=Section)
+
+# What Kubernetes puts into every pod's environment for a service, say one that is called datavector-aggregator.
+_SERVICE_LINK = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?")
 
 
 def load_settings(
@@ -48,7 +54,7 @@ def load_settings(
     if file is not None:
         _merge(content, _read(kind, file), source=str(file), kind=kind)
     for name, value in sorted(environment.items()):
-        if name.startswith(prefix):
+        if name.startswith(prefix) and not _SERVICE_LINK.fullmatch(name.removeprefix(prefix)):
             keys = name.removeprefix(prefix).lower().split("__")
             _merge(content, _nest(keys, value), source=f"environment variable {name}", kind=kind)
     for name, value in flags.items():
@@ -57,7 +63,7 @@ def load_settings(
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg'].lower()}" for each in error.errors())
+        problems = "; ".join(_sentence(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors())
         raise ConfigError(
             f"settings are missing or wrong: {problems}", remedy="set them in the configuration file or as flags"
         ) from error
@@ -67,7 +73,7 @@ def _read(kind: type[Section], file: Path) -> dict[str, Any]:
     try:
         content = tomllib.loads(file.read_text())
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read: {error}", remedy="give a TOML file; see docs/agent.md") from error
+        raise ConfigError(f"{file} cannot be read: {error}", remedy="give a TOML file that is readable") from error
     return _anchor(content, kind, file.parent)
 
 
@@ -75,14 +81,26 @@ def _anchor(content: dict[str, Any], kind: type[Section], folder: Path) -> dict[
     """Makes the paths in a file relative to that file."""
     anchored = {}
     for key, value in content.items():
-        field = kind.model_fields.get(key)
-        annotation = field.annotation if field else None
-        if isinstance(value, dict) and isinstance(annotation, type) and issubclass(annotation, Section):
-            value = _anchor(value, annotation, folder)
-        elif isinstance(value, str) and annotation in (Path, Path | None):
+        section = _section(kind, key)
+        if isinstance(value, dict) and section:
+            value = _anchor(value, section, folder)
+        elif isinstance(value, str) and key in kind.model_fields and kind.model_fields[key].annotation in _PATHS:
             value = folder / value
         anchored[key] = value
     return anchored
+
+
+def _section(kind: type[Section], key: str) -> type[Section] | None:
+    """The section that a key opens, also where it may be absent."""
+    annotation = kind.model_fields[key].annotation if key in kind.model_fields else None
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def _sentence(where: str, message: str) -> str:
+    return f"{where}: {message[0].lower()}{message[1:]}"
 
 
 def _nest(keys: list[str], value: Any) -> dict[str, Any]:
@@ -93,12 +111,16 @@ def _nest(keys: list[str], value: Any) -> dict[str, Any]:
 
 def _merge(target: dict[str, Any], addition: Mapping[str, Any], *, source: str, kind: type[Section]) -> None:
     for key, value in addition.items():
-        field = kind.model_fields.get(key)
-        if field is None:
+        if key not in kind.model_fields:
             nearest = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0)
             raise ConfigError(f"{source}: unknown setting {key!r}", remedy=f"did you mean {nearest[0]!r}?")
-        section = field.annotation
-        if isinstance(value, Mapping) and isinstance(section, type) and issubclass(section, Section):
+        section = _section(kind, key)
+        if section is None:
+            target[key] = value
+        elif isinstance(value, Mapping):
             _merge(target.setdefault(key, {}), value, source=source, kind=section)
         else:
-            target[key] = value
+            raise ConfigError(
+                f"{source}: {key!r} is a group of settings",
+                remedy=f"name one: {', '.join(f'{key}.{name}' for name in section.model_fields)}",
+            )

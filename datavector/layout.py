@@ -157,7 +157,8 @@ def write_tensors(path: Path, layout: Layout, tensors: Iterable[FloatArray]) -> 
     """Writes a file atomically. `tensors` come in the layout's order; one is in memory at a time.
 
     Raises:
-        WrongLayout: a tensor's shape is not the layout's, or their number differs.
+        WrongLayout: a tensor's shape is not the layout's.
+        ValueError: there are more or fewer tensors than in the layout.
         DiskFull: no space is left.
     """
     with atomic_write(path) as file:

@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from datavector.errors import BaseModelError
+from datavector.errors import BaseModelError, WrongLayout
 from datavector.files import canonical_json, sha256_file, write_json
 from datavector.layout import FloatArray, Layout, TensorFile, TensorSpec, write_tensors
 
@@ -70,16 +71,26 @@ class BaseModel:
         """
         description = _read_description(path)
         weights = path / WEIGHTS
-        if not weights.is_file() or sha256_file(weights) != description["weights_sha256"]:
+        if not weights.is_file() or sha256_file(weights) != description.get("weights_sha256"):
             raise BaseModelError(f"{weights} is missing or altered", remedy="fetch or create the base model again")
-        found = _digest(description)
-        if digest is not None and found != digest:
+        if digest is not None and description["digest"] != digest:
             raise BaseModelError(
-                f"the base model in {path} is {found}, but {digest} was asked for",
+                f"the base model in {path} is {description['digest']}, but {digest} was asked for",
                 remedy="name the digest that the aggregator merges (datavector agent prints it), or fetch that base",
             )
+        try:
+            base = cls._described(path, description)
+            base.open().close()
+        except (KeyError, TypeError, ValueError, WrongLayout) as error:
+            raise BaseModelError(
+                f"{path / DESCRIPTION} does not describe {WEIGHTS} ({error})", remedy="create the base model again"
+            ) from error
+        return base
+
+    @classmethod
+    def _described(cls, path: Path, description: Mapping[str, Any]) -> BaseModel:
         size, mean, std = (description["input"][key] for key in ("size", "mean", "std"))
-        base = cls(
+        return cls(
             path=path,
             name=description["name"],
             architecture=description["architecture"],
@@ -88,10 +99,8 @@ class BaseModel:
             head_seed=description["head_seed"],
             pretrained=description["pretrained"],
             layout=Layout(tuple(TensorSpec(name, tuple(shape)) for name, shape in description["tensors"])),
-            digest=found,
+            digest=description["digest"],
         )
-        base.open().close()
-        return base
 
     def open(self) -> TensorFile:
         """The pretrained weights, for reading."""
@@ -153,20 +162,22 @@ def save_base(
     return BaseModel.load(path)
 
 
-def _read_description(path: Path) -> dict:  # type: ignore[type-arg]
+def _read_description(path: Path) -> dict[str, Any]:
     try:
-        description: dict = json.loads((path / DESCRIPTION).read_text())  # type: ignore[type-arg]
+        description: Any = json.loads((path / DESCRIPTION).read_text())
     except (OSError, ValueError) as error:
         raise BaseModelError(
             f"{path / DESCRIPTION} cannot be read ({error})",
             remedy="give the folder that `datavector base create --output` wrote",
         ) from error
-    if description.get("format") != FORMAT or description.get("digest") != _digest(description):
+    known = isinstance(description, dict) and description.get("format") == FORMAT
+    if not known or description.get("digest") != _digest(description):
         raise BaseModelError(
             f"{path / DESCRIPTION} is altered or of another format than {FORMAT}",
             remedy="fetch or create the base model again",
         )
-    return description
+    content: dict[str, Any] = description
+    return content
 
 
 def _digest(description: Mapping[str, object]) -> str:

@@ -46,9 +46,8 @@ def start_receiver(authority: Path, tmp_path: Path) -> Iterator[Callable[..., Se
     """Starts receivers: `start_receiver(*bases, **settings)`; all on the same store."""
     with ExitStack() as stack:
 
-        def start(*bases: BaseModel, **settings: object) -> Serving:
-            store = make_store(tmp_path / "store", *bases)
-            return stack.enter_context(serve(store, make_settings(authority, **settings)))
+        def start(*bases: BaseModel, store: Path = tmp_path / "store", **settings: object) -> Serving:
+            return stack.enter_context(serve(make_store(store, *bases), make_settings(authority, **settings)))
 
         yield start
 

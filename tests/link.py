@@ -8,7 +8,7 @@ import struct
 import threading
 from typing import Literal
 
-Mode = Literal["open", "refuse", "reset", "stall"]
+Mode = Literal["open", "refuse", "reset", "freeze"]
 
 _RESET_ON_CLOSE = struct.pack("ii", 1, 0)
 
@@ -24,10 +24,9 @@ class Link:
         host, _, port = target.rpartition(":")
         self._target = host, int(port)
         self._lock = threading.Lock()
-        self._flowing = threading.Event()
-        self._flowing.set()
         self._mode: Mode = "open"
         self._open: set[socket.socket] = set()
+        self._frozen: set[socket.socket] = set()
         self._cut_at: int | None = None
         self._then: Mode = "open"
         self.sent = 0
@@ -40,14 +39,16 @@ class Link:
         self._cut_at, self._then = sent, then
 
     def set(self, mode: Mode) -> None:
-        """open: forwards. refuse: nobody listens. reset: accepts, then resets. stall: accepts, forwards nothing.
+        """open: forwards. refuse: nobody listens. reset: accepts, then resets. All three cut what is connected.
 
-        Every mode but `stall` cuts what is connected.
+        freeze: what is connected stays so but carries nothing more, as behind a firewall that forgot it; what connects
+        from now on is forwarded.
         """
         with self._lock:
             self._mode = mode
-            (self._flowing.clear if mode == "stall" else self._flowing.set)()
-            if mode != "stall":
+            if mode == "freeze":
+                self._frozen |= self._open
+            else:
                 self._drop()
             if mode == "refuse" and self._listener.fileno() >= 0:
                 self._close_listener()
@@ -58,7 +59,6 @@ class Link:
         with self._lock:
             self._close_listener()
             self._drop()
-            self._flowing.set()
 
     def _listen(self, port: int) -> socket.socket:
         listener = socket.create_server(("127.0.0.1", port), backlog=16)
@@ -90,16 +90,17 @@ class Link:
     def _pump(self, source: socket.socket, sink: socket.socket, upwards: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(1 << 16):
-                self._flowing.wait()
                 if upwards and self._cut_at is not None and self.sent + len(data) > self._cut_at:
                     self._cut_at = None
                     self.set(self._then)
                     self.was_cut.set()
-                    self._flowing.wait()
+                if source in self._frozen:
+                    return
                 sink.sendall(data)
                 self.sent += len(data) if upwards else 0
-        with contextlib.suppress(OSError):
-            sink.shutdown(socket.SHUT_WR)
+        if source not in self._frozen:
+            with contextlib.suppress(OSError):
+                sink.shutdown(socket.SHUT_WR)
 
     def _drop(self) -> None:
         for end in self._open:

@@ -113,7 +113,7 @@ def _demand_sound(parity: Parity) -> None:
         raise ReleaseError(
             f"ONNX Runtime differs from torch by {parity.max_abs_difference:.1e} in a logit, "
             f"more than {parity.allowed:.1e}",
-            remedy="use another opset or architecture",
+            remedy="restore its BatchNorm statistics (they amplify rounding if wrong), or use another opset or architecture",
         )
 
 

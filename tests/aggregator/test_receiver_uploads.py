@@ -1,0 +1,378 @@
+"""Uploads as the receiver sees them: odd streams, takeover, quota, crashes, a full disk."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from queue import SimpleQueue
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from datavector.errors import (
+    AlreadyWithdrawn,
+    ArtifactError,
+    BaseModelError,
+    DiskFull,
+    NotFinite,
+    ProtocolError,
+    QuotaExceeded,
+    TryAgain,
+    WrongDigest,
+    WrongLayout,
+)
+from datavector.wire.chunks import CHUNK, frame_chunk
+from datavector.wire.v1.exchange_pb2 import UploadFinal, UploadOpen, UploadRequest
+from tests.serving import announce, make_base, write_tau
+
+
+@pytest.fixture
+def vector(small_base, tmp_path):
+    path = write_tau(tmp_path / "tau.safetensors", small_base)
+    return path.read_bytes(), announce(path, small_base)
+
+
+@pytest.fixture
+def large_vector(large_base, tmp_path):
+    path = write_tau(tmp_path / "large.safetensors", large_base)
+    return path.read_bytes(), announce(path, large_base)
+
+
+def opening(info, offset=0):
+    return UploadRequest(open=UploadOpen(vector=info, offset=offset)).SerializeToString()
+
+
+def final(info):
+    return UploadRequest(final=UploadFinal(size=info.size, sha256=info.sha256)).SerializeToString()
+
+
+def chunks(data, size=CHUNK):
+    return [frame_chunk(data[begin : begin + size]) for begin in range(0, len(data), size)]
+
+
+class OpenUpload:
+    """An upload whose messages the test sends one by one, from a client of its own."""
+
+    def __init__(self, client, info, offset=0):
+        self._messages = SimpleQueue()
+        self._messages.put(opening(info, offset))
+        self.ended_by = None
+        self._thread = threading.Thread(target=self._run, args=(client,), daemon=True)
+        self._thread.start()
+
+    def _run(self, client):
+        try:
+            client.send_upload(iter(self._messages.get, None))
+        except Exception as error:
+            self.ended_by = error
+
+    def send(self, *messages):
+        for message in messages:
+            self._messages.put(message)
+
+    def end(self):
+        """Waits until the receiver has ended it, and returns the error."""
+        self._thread.join()
+        self._messages.put(None)
+        return self.ended_by
+
+
+def durable(client, info, at_least):
+    """Asks for the durable offset until it has grown to `at_least`."""
+    while (offset := client.begin_upload(info).offset) < at_least:
+        pass
+    return offset
+
+
+def until_stored(receiver, hospital, info, size):
+    """Waits until `size` bytes have arrived, without asking (asking ends the stream)."""
+    path = receiver.store.upload(hospital, info.sha256)
+    while not path.is_file() or path.stat().st_size < size:
+        pass
+
+
+# --- What is no vector ----------------------------------------------------------------------------------------
+
+
+def test_a_stream_that_ends_without_its_final_record_commits_nothing_and_keeps_what_came(receiver, connect, vector):
+    data, info = vector
+    client = connect(receiver.address)
+    with pytest.raises(TryAgain, match="without its final record"):
+        client.send_upload(iter([opening(info), *chunks(data)]))
+    assert receiver.registry.vectors() == []
+    assert client.begin_upload(info).offset == len(data)
+    assert client.send_upload(iter([opening(info, len(data)), final(info)])).vector
+
+
+def test_a_truncated_vector_is_refused_and_removed(receiver, connect, vector):
+    data, info = vector
+    with pytest.raises(WrongDigest):
+        connect(receiver.address).send_upload(iter([opening(info), *chunks(data[:-4]), final(info)]))
+    assert not receiver.store.upload("north", info.sha256).exists()
+
+
+def test_a_vector_that_is_too_long_is_refused(receiver, connect, vector):
+    data, info = vector
+    with pytest.raises(WrongLayout, match="longer than"):
+        connect(receiver.address).send_upload(iter([opening(info), *chunks(data + b"\0"), final(info)]))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_vector_that_is_not_finite_is_refused_with_what_to_do(receiver, connect, vector, value):
+    data, info = vector
+    bad = data[:-4] + np.float32(value).tobytes()
+    client = connect(receiver.address)
+    with pytest.raises(NotFinite, match="lower learning_rate"):
+        client.send_upload(iter([opening(info), *chunks(bad), final(info)]))
+    assert not receiver.store.upload("north", info.sha256).exists()
+    assert client.begin_upload(info).offset == 0
+
+
+def test_another_architectures_vector_of_the_same_length_is_refused_at_its_header(receiver, connect, vector, tmp_path):
+    data, info = vector
+    other = make_base(tmp_path / "other", name="other")
+    foreign = write_tau(tmp_path / "foreign", other).read_bytes()
+    assert len(foreign) == len(data)
+    with pytest.raises(WrongLayout, match="header"):
+        connect(receiver.address).send_upload(iter([opening(info), *chunks(foreign), final(info)]))
+
+
+def test_another_architectures_announcement_is_refused_before_any_byte(receiver, connect, vector):
+    _, info = vector
+    info.size += 4
+    with pytest.raises(WrongLayout, match="bytes, vectors of small have"):
+        connect(receiver.address).begin_upload(info)
+
+
+def test_an_unknown_base_is_answered_with_those_that_are_merged(receiver, connect, vector, small_base):
+    _, info = vector
+    info.base_digest = "sha256:" + "0" * 64
+    with pytest.raises(BaseModelError, match=small_base.digest):
+        connect(receiver.address).begin_upload(info)
+
+
+@pytest.mark.parametrize("change", [{"sha256": "../../etc/passwd"}, {"sequence": 0}, {"sample_count": 0}])
+def test_an_announcement_that_makes_no_sense_is_refused(receiver, connect, vector, change):
+    _, info = vector
+    for name, value in change.items():
+        setattr(info, name, value)
+    with pytest.raises(ProtocolError):
+        connect(receiver.address).begin_upload(info)
+
+
+@pytest.mark.parametrize("first", [b"", b"\xff\xff", frame_chunk(b"data"), UploadRequest(final={}).SerializeToString()])
+def test_a_stream_that_does_not_begin_with_its_announcement_is_refused(receiver, connect, first):
+    with pytest.raises(ProtocolError):
+        connect(receiver.address).send_upload(iter([first]))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=8),
+    position=st.integers(min_value=0),
+    flip=st.integers(1, 255),
+)
+def test_whatever_byte_is_altered_in_whatever_division_it_is_refused(
+    receiver, connect, vector, sizes, position, flip
+):
+    data, info = vector
+    altered = bytearray(data)
+    altered[position % len(data)] ^= flip
+    client = shared(connect, receiver)
+    with pytest.raises(ArtifactError):
+        client.send_upload(iter([opening(info), *divided(bytes(altered), sizes), final(info)]))
+    assert receiver.registry.vectors() == []
+    assert not receiver.store.upload("north", info.sha256).exists()
+
+
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(0, 5000), min_size=1, max_size=8), cut=st.integers(0, 4200))
+def test_whatever_division_and_cut_the_stored_vector_is_the_sent_one(receiver, connect, vector, sizes, cut):
+    data, info = vector
+    client = shared(connect, receiver)
+    cut = min(cut, len(data))
+    with pytest.raises(TryAgain):
+        client.send_upload(iter([opening(info), *divided(data[:cut], sizes)]))
+    offset = client.begin_upload(info).offset
+    assert offset == cut
+    client.send_upload(iter([opening(info, offset), *divided(data[offset:], sizes), final(info)]))
+    blob = receiver.store.blob("north", info.sha256)
+    assert blob.read_bytes() == data
+    forget(receiver, blob)
+
+
+def divided(data, sizes):
+    """Chunks of these sizes, over and over."""
+    pieces, begin = [], 0
+    while begin < len(data):
+        size = max(sizes[len(pieces) % len(sizes)], 1)
+        pieces.append(frame_chunk(data[begin : begin + size]))
+        begin += size
+    return pieces
+
+
+_clients = {}
+
+
+def shared(connect, receiver):
+    """One client for all examples of a property."""
+    if receiver.address not in _clients:
+        _clients[receiver.address] = connect(receiver.address)
+    return _clients[receiver.address]
+
+
+def forget(receiver, blob):
+    """Removes a stored vector as if it had never come."""
+    receiver.registry._connection.execute("DELETE FROM objects WHERE kind = 'DataVector'")
+    blob.unlink()
+
+
+# --- Several streams ------------------------------------------------------------------------------------------
+
+
+def test_a_new_stream_takes_over_from_one_that_stalls(receiver, connect, large_vector):
+    data, info = large_vector
+    stalled = OpenUpload(connect(receiver.address), info)
+    stalled.send(*chunks(data[: 3 * CHUNK]))
+    until_stored(receiver, "north", info, 3 * CHUNK)
+    client = connect(receiver.address)
+    offset = client.begin_upload(info).offset
+    assert offset == 3 * CHUNK
+    assert isinstance(stalled.end(), TryAgain)
+    assert "took over" in stalled.ended_by.message
+    client.send_upload(iter([opening(info, offset), *chunks(data[offset:]), final(info)]))
+    assert receiver.store.blob("north", info.sha256).read_bytes() == data
+
+
+def test_a_stream_that_opens_at_a_stale_offset_is_told_the_true_one(receiver, connect, vector):
+    data, info = vector
+    client = connect(receiver.address)
+    with pytest.raises(TryAgain, match="from byte 0, not 8"):
+        client.send_upload(iter([opening(info, 8), *chunks(data[8:]), final(info)]))
+
+
+def test_a_silent_stream_is_ended_and_its_bytes_are_kept(start_receiver, small_base, large_base, connect, large_vector):
+    data, info = large_vector
+    receiver = start_receiver(small_base, large_base, idle_timeout_seconds=0.2)
+    silent = OpenUpload(connect(receiver.address), info)
+    silent.send(*chunks(data[:CHUNK]))
+    assert "nothing arrived for 0.2 seconds" in silent.end().message
+    assert connect(receiver.address).begin_upload(info).offset == CHUNK
+
+
+def test_two_hospitals_upload_at_once_and_both_are_kept_apart(receiver, connect, large_vector):
+    data, info = large_vector
+    north = OpenUpload(connect(receiver.address, "north"), info)
+    south = OpenUpload(connect(receiver.address, "south"), info)
+    for piece in chunks(data):
+        north.send(piece)
+        south.send(piece)
+    north.send(final(info))
+    south.send(final(info))
+    assert (north.end(), south.end()) == (None, None)
+    assert [vector.spec.hospital for vector in receiver.registry.vectors()] == ["north", "south"]
+    assert receiver.store.blob("north", info.sha256) != receiver.store.blob("south", info.sha256)
+
+
+def test_a_hospital_may_have_only_so_many_open_uploads(start_receiver, small_base, connect, tmp_path):
+    receiver = start_receiver(small_base, max_uploads_per_hospital=1)
+    first, second = (
+        announce(write_tau(tmp_path / str(seed), small_base, seed=seed), small_base) for seed in (1, 2)
+    )
+    running = OpenUpload(connect(receiver.address), first)
+    running.send(frame_chunk(b""))
+    until_stored(receiver, "north", first, 0)
+    with pytest.raises(QuotaExceeded, match="1 open uploads"):
+        connect(receiver.address).begin_upload(second)
+    assert connect(receiver.address, "south").begin_upload(second).offset == 0
+
+
+def test_an_abandoned_upload_gives_way_to_a_new_one(start_receiver, small_base, connect, tmp_path):
+    receiver = start_receiver(small_base, max_uploads_per_hospital=1)
+    client = connect(receiver.address)
+    vectors = [write_tau(tmp_path / str(seed), small_base, seed=seed) for seed in (1, 2)]
+    first, second = (announce(path, small_base) for path in vectors)
+    with pytest.raises(TryAgain):
+        client.send_upload(iter([opening(first), frame_chunk(vectors[0].read_bytes()[:100])]))
+    data = vectors[1].read_bytes()
+    client.send_upload(iter([opening(second), *chunks(data), final(second)]))
+    assert not receiver.store.upload("north", first.sha256).exists()
+
+
+def test_a_hospital_may_have_only_so_many_vectors(start_receiver, small_base, connect, tmp_path):
+    receiver = start_receiver(small_base, max_vectors_per_hospital=1)
+    client = connect(receiver.address)
+    for seed in (1, 2):
+        path = write_tau(tmp_path / str(seed), small_base, seed=seed)
+        info = announce(path, small_base, sequence=seed)
+        if seed == 1:
+            client.send_upload(iter([opening(info), *chunks(path.read_bytes()), final(info)]))
+    with pytest.raises(QuotaExceeded, match="has 1 vectors here"):
+        client.begin_upload(info)
+
+
+def test_a_withdrawal_ends_what_is_on_its_way_and_removes_it(receiver, connect, large_vector):
+    data, info = large_vector
+    running = OpenUpload(connect(receiver.address), info)
+    running.send(*chunks(data[:CHUNK]))
+    until_stored(receiver, "north", info, CHUNK)
+    connect(receiver.address).withdraw()
+    assert isinstance(running.end(), AlreadyWithdrawn)
+    assert not receiver.store.upload("north", info.sha256).exists()
+    assert receiver.registry.vectors() == []
+
+
+# --- Crashes and disks ----------------------------------------------------------------------------------------
+
+
+def test_a_crash_between_rename_and_record_is_mended_by_the_next_try(receiver, connect, vector):
+    data, info = vector
+    blob = receiver.store.blob("north", info.sha256)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(data)
+    reply = connect(receiver.address).begin_upload(info)
+    assert reply.committed
+    assert [stored.name for stored in receiver.registry.vectors()] == [reply.vector]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 20 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", folder], capture_output=True)
+    if mount.returncode:
+        pytest.skip("only root can mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_vector_for_which_there_is_no_room_is_refused_before_it_is_sent(
+    start_receiver, small_base, large_base, connect, large_vector, small_disk
+):
+    receiver = start_receiver(large_base, store=small_disk)
+    with pytest.raises(DiskFull, match="the aggregator's disk is full"):
+        connect(receiver.address).begin_upload(large_vector[1])
+
+
+def test_a_disk_that_fills_up_on_the_way_keeps_nothing_half_and_the_receiver_goes_on(
+    start_receiver, small_base, large_base, connect, large_vector, vector, small_disk
+):
+    receiver = start_receiver(small_base, store=small_disk)
+    client = connect(receiver.address)
+    data, info = vector
+    path = receiver.store.upload("north", info.sha256)
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    (small_disk / "filler").write_bytes(bytes(free - 4096 * 4))
+    (small_disk / "rest").write_bytes(b"")
+    with pytest.raises(DiskFull), (small_disk / "rest").open("ab", buffering=0) as rest:
+        while rest.write(bytes(4096)) == 4096 and os.statvfs(small_disk).f_bavail:
+            pass
+        client.send_upload(iter([opening(info), *chunks(data), final(info)]))
+    assert not path.exists()
+    assert client.describe().hospital == "north"
+    (small_disk / "filler").unlink()
+    assert client.send_upload(iter([opening(info), *chunks(data), final(info)])).vector
