@@ -1,7 +1,12 @@
-"""Merging: one method, one function, one file; an engine that streams; BatchNorm statistics, pooled."""
+"""Merging data vectors: theta_mix = theta_pre + merge(tau_1..tau_N). numpy only.
 
-from datavector.merge import mean, sum  # noqa: F401  importing a method registers it
+One method, one function (`sum.py`, `mean.py`). A new one is a file with a function marked `@method(name)`, imported
+here.
+"""
+
+from datavector.merge import mean as mean
+from datavector.merge import sum as sum
 from datavector.merge.engine import merge_vectors
-from datavector.merge.methods import method, methods
+from datavector.merge.registry import Block, choose, method, methods
 
-__all__ = ["merge_vectors", "method", "methods"]
+__all__ = ["Block", "choose", "merge_vectors", "method", "methods"]

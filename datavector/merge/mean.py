@@ -1,4 +1,4 @@
-"""The mean of data vectors: model soups (arXiv 2203.05482) of models that were tuned from one base."""
+"""The mean of data vectors, each hospital counting the same: one round of federated averaging (arXiv 1602.05629)."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import numpy as np
 
 from datavector.layout import FloatArray
 from datavector.merge.exact import exact_sum
-from datavector.merge.methods import method
+from datavector.merge.registry import Block, method
 
 
 @method("mean")
-def mean_vector(block: FloatArray) -> FloatArray:
-    """Exact, order-independent mean over hospitals, each counting alike.
+def mean_vectors(block: Block) -> FloatArray:
+    """Exact, order-independent mean over hospitals.
 
     Args:
         block: float32, shape (hospitals, elements): one slice of one tensor.
     Returns:
         float32, shape (elements,).
     """
-    return (exact_sum(block) / len(block)).astype(np.float32)
+    total = exact_sum(block)
+    total /= len(block)
+    return total.astype(np.float32)

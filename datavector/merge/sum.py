@@ -6,11 +6,11 @@ import numpy as np
 
 from datavector.layout import FloatArray
 from datavector.merge.exact import exact_sum
-from datavector.merge.methods import method
+from datavector.merge.registry import Block, method
 
 
 @method("sum")
-def sum_vectors(block: FloatArray, *, scale: float = 1.0) -> FloatArray:
+def sum_vectors(block: Block, *, scale: float = 1.0) -> FloatArray:
     """Exact, order-independent sum over hospitals.
 
     Args:
@@ -19,4 +19,7 @@ def sum_vectors(block: FloatArray, *, scale: float = 1.0) -> FloatArray:
     Returns:
         float32, shape (elements,).
     """
-    return (scale * exact_sum(block)).astype(np.float32)
+    total = exact_sum(block)
+    if scale != 1.0:
+        total *= scale
+    return total.astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -95,22 +96,30 @@ def export_onnx(served: Served, *, opset: int) -> ir.Model:
 
 
 def fold_batchnorm(network: nn.Module, example: Tensor) -> nn.Module:
-    """A copy in which every convolution that a BatchNorm layer follows has that layer in its weights.
+    """A copy in which convolutions have the BatchNorm layer that follows them in their weights.
 
-    One pass finds the pairs: a BatchNorm layer whose input is the very tensor that a convolution returned. A network
-    that also used that tensor elsewhere would change, so compare answers afterwards (as `write_release` does).
+    One pass finds the pairs: a BatchNorm layer whose input is the very tensor that a convolution returned, each of them
+    called once. A network that uses that tensor elsewhere too would change, so compare answers afterwards, as
+    `write_release` does.
+
+    Args:
+        example: an input of the network.
     """
     if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
         return network
     network = copy.deepcopy(network)
     convolved: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # by id; holding the tensor keeps its id its own
-    pairs: dict[nn.BatchNorm2d, nn.Conv2d] = {}
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+    uses: Counter[nn.Module] = Counter()  # calls of a layer, and readings of a convolution's output by BatchNorm
 
     def watch(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        uses[module] += 1
         if isinstance(module, nn.Conv2d):
             convolved[id(output)] = (module, output)
         elif isinstance(module, nn.BatchNorm2d) and id(inputs[0]) in convolved:
-            pairs[module] = convolved[id(inputs[0])][0]
+            convolution = convolved[id(inputs[0])][0]
+            pairs.append((convolution, module))
+            uses[convolution] += 1
 
     hooks = [module.register_forward_hook(watch) for module in network.modules()]
     with torch.no_grad():
@@ -118,9 +127,10 @@ def fold_batchnorm(network: nn.Module, example: Tensor) -> nn.Module:
     for hook in hooks:
         hook.remove()
     names = {module: name for name, module in network.named_modules()}
-    for norm, convolution in pairs.items():
-        network.set_submodule(names[convolution], fuse_conv_bn_eval(convolution, norm))
-        network.set_submodule(names[norm], nn.Identity())
+    for convolution, norm in pairs:
+        if uses[convolution] == 2 and uses[norm] == 1:
+            network.set_submodule(names[convolution], fuse_conv_bn_eval(convolution, norm))
+            network.set_submodule(names[norm], nn.Identity())
     return network
 
 

@@ -175,9 +175,7 @@ def test_a_stream_that_does_not_begin_with_its_announcement_is_refused(receiver,
     position=st.integers(min_value=0),
     flip=st.integers(1, 255),
 )
-def test_whatever_byte_is_altered_in_whatever_division_it_is_refused(
-    receiver, connect, vector, sizes, position, flip
-):
+def test_whatever_byte_is_altered_in_whatever_division_it_is_refused(receiver, connect, vector, sizes, position, flip):
     data, info = vector
     altered = bytearray(data)
     altered[position % len(data)] ^= flip
@@ -279,9 +277,7 @@ def test_two_hospitals_upload_at_once_and_both_are_kept_apart(receiver, connect,
 
 def test_a_hospital_may_have_only_so_many_open_uploads(start_receiver, small_base, connect, tmp_path):
     receiver = start_receiver(small_base, max_uploads_per_hospital=1)
-    first, second = (
-        announce(write_tau(tmp_path / str(seed), small_base, seed=seed), small_base) for seed in (1, 2)
-    )
+    first, second = (announce(write_tau(tmp_path / str(seed), small_base, seed=seed), small_base) for seed in (1, 2))
     running = OpenUpload(connect(receiver.address), first)
     running.send(frame_chunk(b""))
     until_stored(receiver, "north", first, 0)
