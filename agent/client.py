@@ -68,7 +68,7 @@ from datavector.wire.v1.exchange_pb2 import (
 )
 from datavector.wire.v1.exchange_pb2_grpc import ExchangeStub
 
-FIRST_DELAY, LONGEST_DELAY = 0.5, 4.0  # seconds between tries
+FIRST_DELAY, LONGEST_DELAY = 0.5, 2.5  # seconds between tries
 CALL_SECONDS = 60.0
 CONNECT_SECONDS = 5
 
@@ -443,11 +443,13 @@ class Client:
                 socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS) as plain,
                 context.wrap_socket(plain, server_hostname=host) as secure,
             ):
-                # In TLS 1.3 the client's side is done before the server has judged its certificate; the first
-                # bytes from the server, its HTTP/2 settings, tell that it has.
-                if not secure.recv(1):
-                    raise ConnectionResetError("connection closed")
-                return dict(secure.getpeercert() or {})
+                # In TLS 1.3 this side is done before the server has judged its certificate. A server that takes it
+                # sends HTTP/2 settings; one built on BoringSSL closes without an alert if it does not.
+                if secure.recv(1):
+                    return dict(secure.getpeercert() or {})
+                if demand:
+                    raise _refused_client("closes the connection on seeing it")
+                return self._handshake(demand=True)  # once could be chance
         except ssl.SSLCertVerificationError as error:
             raise _foreign_server(self.address, error.verify_message) from error
         except ssl.SSLError as error:
@@ -522,11 +524,15 @@ def _handshake_refusal(details: str) -> CertificateError | None:
     if "CERTIFICATE_VERIFY_FAILED" in details:
         return _foreign_server("the address", "certificate verify failed")
     if match := _CLIENT_REFUSED.search(details):
-        return CertificateError(
-            f"the aggregator refuses this certificate ({match[1].lower().replace('_', ' ')})",
-            remedy="use one that its own authority issued, and ask the aggregation site if it still trusts that",
-        )
+        return _refused_client(match[1].lower().replace("_", " "))
     return None
+
+
+def _refused_client(reason: str) -> CertificateError:
+    return CertificateError(
+        f"the aggregator refuses this hospital's certificate ({reason})",
+        remedy="use one that the aggregator's own authority issued, and ask the aggregation site whether it holds",
+    )
 
 
 def _foreign_server(address: str, reason: str) -> CertificateError:

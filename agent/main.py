@@ -1,10 +1,14 @@
-"""A hospital's main job, from top to bottom: preflight, base model, training, vector, upload, tasks."""
+"""A hospital's main job, from top to bottom: preflight, base model, training, vector, upload, tasks.
+
+What needs torchvision is imported after the preflight: it takes seconds, and what is wrong should be said at once.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from google.protobuf.json_format import MessageToDict, Parse
 
@@ -12,17 +16,18 @@ from agent import preflight
 from agent.metrics import Metrics
 from agent.settings import AgentSettings
 from agent.site import Site, connect, open_site
-from agent.tasks import TaskServer
-from agent.train import EpochReport, TrainSettings, train
 from agent.upload import upload
 from datavector.console import progress, say
-from datavector.data.images import ImageSet, load_images
 from datavector.data.records import Record, assign_splits
 from datavector.errors import DataVectorError, Interrupted, Unreachable
 from datavector.files import write_json
 from datavector.model import BaseModel
 from datavector.vector import write_vector
 from datavector.wire.v1.exchange_pb2 import PolicyInfo, VectorInfo
+
+if TYPE_CHECKING:
+    from agent.train import EpochReport
+    from datavector.data.images import ImageSet
 
 VECTOR, VECTOR_INFO = "vector.safetensors", "vector.json"
 
@@ -90,6 +95,8 @@ def _prepare(site: Site) -> Ready:
 
 def train_vector(site: Site, ready: Ready) -> VectorInfo:
     """Fine-tunes (or goes on, or finds it done); the data vector and its description are then in the state folder."""
+    from agent.train import TrainSettings, train
+
     settings, base, metrics = site.settings, ready.base, site.metrics
     training, validation = _load_images(settings, ready, metrics)
 
@@ -139,12 +146,14 @@ def deliver(site: Site, info: VectorInfo) -> None:
             uploads.labels(type(error).__name__).inc()
             raise
     uploads.labels("committed").inc()
-    site.metrics.sent_bytes.labels("vector").inc(info.size)
+    site.metrics.sent_bytes.inc(info.size)
     say(f"delivered: {name} (sequence {info.sequence}, SHA-256 {info.sha256[:16]}...)")
 
 
 def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
     """Serves the tasks that wait for this hospital: once, or until SIGTERM."""
+    from agent.tasks import TaskServer
+
     server = TaskServer(
         settings=site.settings,
         client=site.client,
@@ -163,6 +172,8 @@ def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
 
 def _load_images(settings: AgentSettings, ready: Ready, metrics: Metrics) -> tuple[ImageSet, ImageSet]:
     """Training and validation images; corrupt ones are named, and left out."""
+    from datavector.data.images import load_images
+
     assert settings.data is not None  # noqa: S101  the preflight demands it
     data, base = settings.data, ready.base
     records = assign_splits(ready.records, validation=data.validation, seed=settings.training.seed)

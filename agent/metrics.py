@@ -20,16 +20,14 @@ class Metrics:
         self.corrupt_images = Gauge(
             "datavector_agent_corrupt_images", "Images that could not be decoded.", registry=self.registry
         )
-        self.sent_bytes = Counter(
-            "datavector_agent_sent_bytes", "Bytes of vectors and moments sent.", ["what"], registry=self.registry
-        )
+        self.sent_bytes = Counter("datavector_agent_sent_bytes", "Bytes of vectors sent.", registry=self.registry)
         self.uploads = Counter("datavector_agent_uploads", "Uploads by outcome.", ["outcome"], registry=self.registry)
         self.tasks = Counter(
             "datavector_agent_tasks", "Tasks by kind and outcome.", ["kind", "outcome"], registry=self.registry
         )
-        self.waiting = Gauge(
-            "datavector_agent_aggregator_unreachable",
-            "1 while the aggregator cannot be reached, else 0.",
+        self.retries = Counter(
+            "datavector_agent_retries",
+            "Calls that are tried again because the aggregator cannot be reached.",
             registry=self.registry,
         )
 

@@ -115,7 +115,7 @@ def forward_with_moments(
     with ExitStack() as hooks:
         for name, layer in batchnorm_modules(network).items():
             handle = layer.register_forward_pre_hook(
-                lambda module, arguments, name=name: measure(name, module, arguments[0])  # type: ignore[misc]
+                lambda module, arguments, name=name: measure(name, module, arguments[0])
             )
             hooks.callback(handle.remove)
         logits: torch.Tensor = network(inputs)
@@ -126,7 +126,7 @@ def input_moments(values: torch.Tensor) -> Moments:
     """Moments per channel of a layer's input (N, C, ...), in float64: first the mean, then distances from it."""
     flat = values.flatten(2) if values.dim() > 2 else values[:, :, None]
     count = flat.shape[0] * flat.shape[2]
-    chunks = flat.split(max(1, CHUNK // max(1, flat.shape[1] * flat.shape[2])))
+    chunks = torch.split(flat, max(1, CHUNK // max(1, flat.shape[1] * flat.shape[2])))
     mean = torch.stack([chunk.double().sum((0, 2)) for chunk in chunks]).sum(0) / count
     squares = [(chunk.double() - mean[:, None]).square().sum((0, 2)) for chunk in chunks]
     variance = torch.stack(squares).sum(0) / count

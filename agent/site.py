@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,7 +37,12 @@ def open_site(settings: AgentSettings) -> Iterator[Site]:
     metrics = Metrics()
     if settings.metrics_port:
         metrics.serve(settings.metrics_port)
-    client = connect(settings, patience_seconds=None)
+
+    def wait(sentence: str) -> None:
+        metrics.retries.inc()
+        say(sentence)
+
+    client = connect(settings, patience_seconds=None, on_waiting=wait)
     site = Site(settings, client, metrics)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -50,13 +55,16 @@ def open_site(settings: AgentSettings) -> Iterator[Site]:
         yield site
 
 
-def connect(settings: AgentSettings, *, patience_seconds: float | None) -> Client:
+def connect(
+    settings: AgentSettings, *, patience_seconds: float | None, on_waiting: Callable[[str], None] = say
+) -> Client:
+    """A connection as the settings say; `patience_seconds` is None to keep trying for ever."""
     return Client(
         settings.aggregator,
         Credentials(settings.tls.certificate, settings.tls.key, settings.tls.ca),
         hospital=settings.hospital,
         ledger=Ledger(settings.state / LEDGER),
-        on_waiting=say,
+        on_waiting=on_waiting,
         patience_seconds=patience_seconds,
     )
 

@@ -116,7 +116,13 @@ def _names(base: BaseModel, tuned: Mapping[str, FloatArray]) -> list[str]:
 
 
 def _difference(pretrained: TensorFile, tuned: Mapping[str, FloatArray], name: str) -> FloatArray:
-    difference: FloatArray = tuned[name].astype(FLOAT) - pretrained.read(name)
+    before = pretrained.read(name)
+    if tuned[name].shape != before.shape:  # numpy would stretch some of them
+        raise WrongLayout(
+            f"{name} has shape {tuned[name].shape}, its model demands {before.shape}",
+            remedy="fine-tune the base model's own architecture and classes",
+        )
+    difference: FloatArray = tuned[name].astype(FLOAT) - before
     if not np.isfinite(difference).all():
         raise NotFinite(f"{name} became NaN or infinite", remedy="lower learning_rate and train again")
     return difference

@@ -1,0 +1,1 @@
+"""Measured speed; see docs/measurements.md."""

@@ -1,0 +1,201 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from agent import train as training
+from agent.train import TrainSettings, class_log_prior, epoch_batches, evaluate, learning_rate, train
+from datavector.data.images import ImageSet
+from datavector.errors import Interrupted, NoImages, NotFinite, UsageError
+from datavector.metrics import accuracy
+from datavector.networks import build, load_file
+
+SETTINGS = TrainSettings(epochs=3, batch_size=8, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def result(base, train_set, val_set, tmp_path_factory):
+    return train(base, train_set, val_set, SETTINGS, tmp_path_factory.mktemp("reference"))
+
+
+@pytest.fixture(scope="module")
+def expected(result):
+    return result.weights.read_bytes()
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_ran_before(base, train_set, val_set, tmp_path, expected):
+    torch.manual_seed(99)
+    torch.rand(17)
+    assert train(base, train_set, val_set, SETTINGS, tmp_path).weights.read_bytes() == expected
+
+
+def test_another_seed_gives_other_weights(base, train_set, val_set, tmp_path, expected):
+    other = TrainSettings(epochs=3, batch_size=8, device="cpu", seed=1)
+    assert train(base, train_set, val_set, other, tmp_path).weights.read_bytes() != expected
+
+
+def test_processes_that_prepare_images_change_nothing(base, train_set, val_set, tmp_path, expected):
+    settings = TrainSettings(epochs=3, batch_size=8, device="cpu", workers=2)
+    assert train(base, train_set, val_set, settings, tmp_path).weights.read_bytes() == expected
+
+
+def test_colours_are_learned(base, train_set, val_set, tmp_path):
+    settings = TrainSettings(epochs=12, batch_size=8, device="cpu")
+    reports = []
+    done = train(base, train_set, val_set, settings, tmp_path, on_epoch=reports.append)
+    network = build(base)
+    load_file(network, done.weights, base.layout)
+    assert accuracy(evaluate(network, base, val_set)) > 0.6
+    assert [report.epoch for report in reports] == list(range(1, 13))
+    assert tuple(reports) == done.history
+    assert done.validation.sum() == len(val_set)
+    assert (done.images, done.batchnorm_images) == (len(train_set), len(train_set))
+
+
+def test_batchnorm_is_trained_too(base, result):
+    with base.open() as file:
+        before = {name: file.read(f"{name}.weight") for name in base.batchnorm_layers}
+    after = result.tensors(base)
+    assert any(not np.array_equal(before[name], after[f"{name}.weight"]) for name in before)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2, 3, 5, 8])
+def test_a_stop_at_any_step_goes_on_to_the_same_bits(base, train_set, val_set, tmp_path, expected, monkeypatch, step):
+    stop, steps = threading.Event(), []
+
+    def count(*arguments):
+        steps.append(arguments)
+        if len(steps) > step:
+            stop.set()
+        return learning_rate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "learning_rate", count)
+        if step == 8:  # the last step: nothing is left to stop
+            train(base, train_set, val_set, SETTINGS, tmp_path, stop=stop)
+        else:
+            with pytest.raises(Interrupted):
+                train(base, train_set, val_set, SETTINGS, tmp_path, stop=stop)
+    assert train(base, train_set, val_set, SETTINGS, tmp_path).weights.read_bytes() == expected
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[3])
+import torch
+from pathlib import Path
+from agent import train as training
+from datavector.data.images import ImageSet
+from datavector.model import BaseModel
+
+torch.set_num_threads(int(sys.argv[5]))
+step, left = training.learning_rate, int(sys.argv[4])
+
+def dies(*arguments):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*arguments)
+
+training.learning_rate = dies
+sets = torch.load(Path(sys.argv[2]) / "sets.pt", weights_only=True)
+train_set, val_set = (ImageSet(images, labels, ("",) * len(labels), ()) for images, labels in sets)
+settings = training.TrainSettings(epochs=3, batch_size=8, device="cpu")
+training.train(BaseModel.load(Path(sys.argv[1])), train_set, val_set, settings, Path(sys.argv[2]))
+"""
+
+
+def test_kill_9_in_the_middle_of_an_epoch_ends_in_the_same_bits(base, train_set, val_set, tmp_path, expected):
+    torch.save([(each.images, each.labels) for each in (train_set, val_set)], tmp_path / "sets.pt")
+    root = str(training.Path(training.__file__).parents[1])
+    command = [sys.executable, "-c", KILLED, str(base.path), str(tmp_path), root, "5", str(torch.get_num_threads())]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / training.CHECKPOINT).is_file()
+    assert train(base, train_set, val_set, SETTINGS, tmp_path).weights.read_bytes() == expected
+
+
+def test_a_finished_training_is_not_done_again(base, train_set, val_set, result):
+    again = train(base, train_set, val_set, SETTINGS, result.weights.parent, on_epoch=pytest.fail)
+    assert again.history == result.history
+    assert sorted(path.name for path in result.weights.parent.iterdir()) == [training.RESULT, training.TUNED]
+
+
+def test_a_checkpoint_of_other_images_or_a_damaged_one_is_not_gone_on_with(
+    base, train_set, val_set, tmp_path, expected
+):
+    stop = threading.Event()
+    stop.set()
+    fewer = ImageSet(train_set.images[:20], train_set.labels[:20], train_set.records[:20], ())
+    with pytest.raises(Interrupted):
+        train(base, fewer, val_set, SETTINGS, tmp_path / "a", stop=stop)
+    assert train(base, train_set, val_set, SETTINGS, tmp_path / "a").weights.read_bytes() == expected
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / training.CHECKPOINT).write_bytes(b"half a checkpoint")
+    assert train(base, train_set, val_set, SETTINGS, tmp_path / "b").weights.read_bytes() == expected
+
+
+def test_without_validation_images_the_last_epoch_is_kept(base, train_set, tmp_path):
+    none = ImageSet(train_set.images[:0], train_set.labels[:0], (), ())
+    done = train(base, train_set, none, SETTINGS, tmp_path)
+    assert done.epoch == 3
+    assert not done.validation.any()
+
+
+def test_a_class_without_images_gives_finite_weights(base, train_set, val_set, tmp_path):
+    two = train_set.labels < 2
+    partial = ImageSet(train_set.images[two], train_set.labels[two], train_set.records[: int(two.sum())], ())
+    done = train(base, partial, val_set, SETTINGS, tmp_path)
+    assert all(np.isfinite(tensor).all() for tensor in done.tensors(base).values())
+    assert class_log_prior(torch.tensor([0, 0, 1]), 4).isfinite().all()
+
+
+def test_a_training_that_diverges_says_so(base, train_set, val_set, tmp_path):
+    with pytest.raises(NotFinite, match="diverged"):
+        train(base, train_set, val_set, TrainSettings(learning_rate=1e30, device="cpu"), tmp_path)
+
+
+def test_one_image_is_too_few(base, train_set, val_set, tmp_path):
+    one = ImageSet(train_set.images[:1], train_set.labels[:1], train_set.records[:1], ())
+    with pytest.raises(NoImages):
+        train(base, one, val_set, SETTINGS, tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_named(base, train_set, val_set, tmp_path):
+    with pytest.raises(UsageError, match="no GPU"):
+        train(base, train_set, val_set, TrainSettings(device="cuda"), tmp_path)
+
+
+def test_every_image_comes_at_most_once_an_epoch_in_an_order_of_its_own():
+    first, again, second = (epoch_batches(26, SETTINGS, epoch) for epoch in (0, 0, 1))
+    flat = [index for batch in first for index in batch]
+    assert first == again != second
+    assert len(flat) == len(set(flat)) == 24
+    assert epoch_batches(3, SETTINGS, 0) != []
+
+
+def test_the_learning_rate_rises_then_falls_to_nothing():
+    rates = [learning_rate(step, 100, 1e-3) for step in range(100)]
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates.index(max(rates)) < 15
+    assert rates[-1] < 1e-5
+    assert min(rates) > 0
+
+
+def test_two_processes_train_together_stop_and_go_on(base, train_set, val_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv(
+        "PYTHONPATH", str(training.Path(training.__file__).parents[1]) + os.pathsep + os.environ.get("PYTHONPATH", "")
+    )
+    settings = TrainSettings(epochs=2, batch_size=8, device="cpu", processes=2)
+    reports = []
+    done = train(base, train_set, val_set, settings, tmp_path, on_epoch=reports.append)
+    assert [report.epoch for report in reports] == [1, 2]
+    assert done.history == tuple(reports)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [training.RESULT, training.TUNED]

@@ -1,0 +1,45 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from datavector.errors import ConfigError
+from datavector.merge import choose, method, methods
+
+BLOCK = np.array([[1, 2], [3, 5]], dtype=np.float32)
+
+
+def test_the_paper_and_the_mean_are_there():
+    assert {"mean", "sum"} <= set(methods())
+
+
+def test_a_parameter_reaches_its_method():
+    np.testing.assert_array_equal(choose("sum", {"scale": 0.5})(BLOCK), np.array([2, 3.5], dtype=np.float32))
+
+
+def test_results_are_float32():
+    assert all(choose(name, {})(BLOCK).dtype == np.float32 for name in methods())
+
+
+def test_an_unknown_parameter_is_refused_with_the_nearest_one():
+    with pytest.raises(ConfigError, match="did you mean 'scale'"):
+        choose("sum", {"scael": 1})
+    with pytest.raises(ConfigError, match="no parameters"):
+        choose("mean", {"scale": 1})
+
+
+@pytest.mark.parametrize("value", ["1", True, None, float("nan"), float("inf")])
+def test_a_value_that_is_no_finite_number_is_refused(value):
+    with pytest.raises(ConfigError, match=r"sum\.scale"):
+        choose("sum", {"scale": value})
+
+
+def test_two_methods_of_one_name_are_a_mistake():
+    with pytest.raises(ValueError, match="sum"):
+        method("sum")(lambda block: block[0])
+
+
+def test_merging_needs_no_torch():
+    code = "import sys, datavector.merge, datavector.merge.batchnorm; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,34 @@
+"""What each process imports: the receiver stays small, prediction stays light."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+LIGHT = [
+    "aggregator.receiver", "aggregator.embedded", "aggregator.reconcile", "aggregator.registry", "aggregator.store",
+    "aggregator.job", "aggregator.main", "datavector.vector", "datavector.model", "datavector.merge", "datavector.cli",
+]  # fmt: skip
+
+
+def imported_by(module: str) -> set[str]:
+    """Top-level packages in memory after importing a module in a fresh process."""
+    script = f"import sys, {module}; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stderr
+    return set(answer.stdout.split())
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_a_light_process_never_imports_torch(module):
+    assert not imported_by(module) & {"torch", "torchvision", "onnx", "onnxruntime", "onnxscript"}
+
+
+def test_the_decisions_need_neither_network_nor_arrays():
+    assert not imported_by("aggregator.reconcile") & {"grpc", "numpy", "sqlite3", "asyncio", "kubernetes", "kopf"}
+
+
+def test_the_command_line_answers_help_without_the_heavy_parts():
+    assert not imported_by("datavector.cli") & {"numpy", "grpc", "aggregator", "agent", "pydantic"}
