@@ -13,7 +13,7 @@ import grpc
 
 from aggregator.metrics import Metrics
 from aggregator.resources import utc_now
-from datavector.errors import CertificateError, DataVectorError, Denied, DiskFull, Refused
+from datavector.errors import CertificateError, DataVectorError, Denied, DiskFull
 from datavector.wire.certs import CertificateReport, read_report
 from datavector.wire.status import status_code, trailers
 
@@ -103,15 +103,9 @@ def _outward(method: str, error: Exception) -> DataVectorError:
         log.info("%s refused: %s", method, error)
         return error
     log.error("%s failed", method, exc_info=error)
-    return InternalError(
+    return DataVectorError(
         "the aggregator failed on this call", remedy="tell the aggregation site; its log has the cause"
     )
-
-
-class InternalError(Refused):
-    """A fault of the aggregator itself."""
-
-    status = "INTERNAL"
 
 
 class DenyList:

@@ -103,8 +103,9 @@ class Room:
             async with asyncio.timeout(None) as timer:
                 seat = Seat(hospital, images, timer, loop.create_future())
                 try:
+                    start = seat.step
                     self._join(seat)
-                    await self._until_start(seat)
+                    await self._until(start)
                     await write(MeetReply(start=MeetStart(hospitals=sorted(self._present))))
                     while len(seat.given) < len(self._channels):
                         timer.reschedule(loop.time() + self._idle_timeout)
@@ -127,11 +128,10 @@ class Room:
         self._waiting[seat.hospital] = seat
         self._consider_start()
 
-    async def _until_start(self, seat: Seat) -> None:
-        start = seat.step
+    async def _until(self, start: asyncio.Future[Moments | None]) -> None:
         while not start.done():
             if not self._wanted():
-                raise NotFound("this calibration is no longer wanted", remedy="ask for tasks again")
+                raise _unwanted()
             await asyncio.wait([start], timeout=self._poll)
 
     def _read_layer(self, seat: Seat, message: MeetRequest | None) -> tuple[str, Moments]:
@@ -193,31 +193,32 @@ class Room:
                 )
             self._advance()
             return
-        if len(seats[0].given) == len(self._channels) and not self._conclude(seats):
+        try:
+            pooled = pool([seat.given[layer] for seat in seats])
+            if len(seats[0].given) == len(self._channels):
+                self._conclude(seats)
+        except DataVectorError as error:
+            self._end(error)
             return
-        pooled = pool([seat.given[layer] for seat in seats])
         for seat in seats:
             seat.step_on(pooled)
 
-    def _conclude(self, seats: list[Seat]) -> bool:
+    def _conclude(self, seats: list[Seat]) -> None:
         """Saves what those who stayed have given; the meeting is over."""
-        visits = [Visit(seat.hospital, seat.images, 1, seat.given) for seat in seats]
-        try:
-            if not self._wanted():
-                raise NotFound("this calibration is no longer wanted", remedy="ask for tasks again")
-            self._save(visits)
-        except DataVectorError as error:
-            self._end(error)
-            return False
+        if not self._wanted():
+            raise _unwanted()
+        self._save([Visit(seat.hospital, seat.images, 1, seat.given) for seat in seats])
         self._done = MeetDone(hospitals=[seat.hospital for seat in seats], images=sum(seat.images for seat in seats))
         self._present = {}
-        late = NotFound("the meeting took place without this hospital", remedy="ask for tasks again")
         for seat in self._waiting.values():
-            seat.end(late)
+            seat.end(NotFound("the meeting took place without this hospital", remedy="ask for tasks again"))
         self._waiting = {}
-        return True
 
     def _end(self, reason: DataVectorError) -> None:
         seats, self._present = self._present, {}
         for seat in seats.values():
             seat.end(reason)
+
+
+def _unwanted() -> NotFound:
+    return NotFound("this calibration is no longer wanted", remedy="ask for tasks again")

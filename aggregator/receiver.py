@@ -90,7 +90,7 @@ class ReceiverSettings:
     max_uploads_per_hospital: int = 2
     max_vectors_per_hospital: int = 16
     max_connection_age_seconds: float = 600
-    poll_seconds: int = 15
+    poll_seconds: float = 15
     meeting_grace_seconds: float = 3
 
 
@@ -361,7 +361,7 @@ class Receiver:
                     round=offer.round,
                 )
             )
-        return ListTasksReply(tasks=tasks, poll_seconds=self.settings.poll_seconds)
+        return ListTasksReply(tasks=tasks, poll_seconds=max(round(self.settings.poll_seconds), 1))
 
     async def _begin_visit(self, request: BeginVisitRequest, call: Call) -> None:
         for layer, moments in self._calibrations.pooled(call.hospital, request.task_id).items():

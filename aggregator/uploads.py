@@ -169,7 +169,8 @@ class Uploads:
             return stored
         self._take_over(arrival)
         path = self._store.upload(*arrival.key)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk_full_at(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             async with asyncio.timeout(self._idle_timeout) as timer:
                 stream = self._streams[arrival.key] = Stream(timer)

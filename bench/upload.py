@@ -61,7 +61,9 @@ class Bench:
             ours.append(cost)
             peaks.append(peak)
         gib, (cpu, wall) = SIZE / 2**30, min(ours)
-        print(f"{'350 MiB over loopback, mutual TLS 1.3':<44}{'CPU-s per GiB':>14}{'ratio':>7}{'wall s':>8}{'ratio':>7}")
+        print(
+            f"{'350 MiB over loopback, mutual TLS 1.3':<44}{'CPU-s per GiB':>14}{'ratio':>7}{'wall s':>8}{'ratio':>7}"
+        )
         for name, (base_cpu, base_wall) in (
             ("Python ssl", min(plain)),
             ("Python ssl, SHA-256, file, fsync", min(stored)),
@@ -167,7 +169,10 @@ def _sink(certificates: Path, store: Path | None) -> None:
     context.verify_mode = ssl.CERT_REQUIRED
     context.load_verify_locations(certificates / "ca.crt")
     context.load_cert_chain(certificates / "aggregator.crt", certificates / "aggregator.key")
-    with socket.create_server(("127.0.0.1", 0)) as listener, (store or Path(os.devnull)).open("wb", buffering=0) as file:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        (store or Path(os.devnull)).open("wb", buffering=0) as file,
+    ):
         print(listener.getsockname()[1], flush=True)
         with context.wrap_socket(listener.accept()[0], server_side=True) as link:
             buffer, taken, digest = memoryview(bytearray(CHUNK)), 0, hashlib.sha256()

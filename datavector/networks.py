@@ -198,7 +198,7 @@ def _torchvision(architecture: str, classes: int, size: int) -> nn.Module:
         arguments["input_size"] = (size, size)
     try:
         network: nn.Module = models.get_model(architecture, **arguments)
-    except (ValueError, RuntimeError) as error:  # vit: torch._assert
+    except (AssertionError, ValueError, RuntimeError) as error:  # the first comes from torch._assert
         raise UsageError(
             f"{architecture} cannot be built for {size} pixels ({error})", remedy="leave the size to its default"
         ) from error

@@ -64,7 +64,9 @@ def connect(authority: Path, tmp_path: Path) -> Iterator[Callable[..., Client]]:
     with ExitStack() as stack:
 
         def make(address: str, hospital: str = "north", **options: object) -> Client:
-            credentials = Credentials(authority / f"{hospital}.crt", authority / f"{hospital}.key", authority / "ca.crt")
+            credentials = Credentials(
+                authority / f"{hospital}.crt", authority / f"{hospital}.key", authority / "ca.crt"
+            )
             options = {"patience_seconds": 0, "ledger": Ledger(tmp_path / f"{hospital}.jsonl"), **options}
             return stack.enter_context(Client(address, credentials, **options))  # type: ignore[arg-type]
 

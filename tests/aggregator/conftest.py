@@ -10,7 +10,6 @@ import pytest
 
 from aggregator.resources import Artifact, DataVector, Metadata, VectorSpec, VectorStatus, utc_now
 from aggregator.store import Store
-from datavector.files import sha256_file
 from datavector.model import BaseModel
 from datavector.vector import write_vector
 
@@ -50,7 +49,3 @@ def deliver(tmp_path: Path) -> Deliver:
 
 def _nudged(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return values * (1 + np.float32(0.01) * random.random(values.shape, dtype=np.float32))
-
-
-def digest_of_blob(store: Store, vector: DataVector) -> str:
-    return sha256_file(store.blob(vector.spec.hospital, vector.spec.artifact.digest))

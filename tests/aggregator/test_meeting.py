@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 from aggregator.store import OpenCalibration
-from datavector.errors import NotFound, ProtocolError, TryAgain
+from datavector.errors import ArtifactError, NotFound, ProtocolError, TryAgain
 from datavector.merge.batchnorm import Moments, pool
-from datavector.wire.moments import to_message
 from datavector.wire.v1.exchange_pb2 import (
     LayerMoments,
     MeetJoin,
@@ -134,19 +133,10 @@ def test_a_visit_that_is_no_longer_wanted_is_refused_and_not_stored(receiver, as
     assert receiver.store.visits(VERSION) == []
 
 
-def layer(name, **changes):
-    message = to_message(name, moments(1, LAYERS.get(name, 2)))
-    message.MergeFrom(LayerMoments(**changes))
-    return VisitRequest(layer=message)
-
-
-def nan_layer():
-    message = to_message("bn0", Moments(5, np.array([0.0, np.nan]), np.ones(2)))
-    return VisitRequest(layer=message)
-
-
-def negative_layer():
-    return VisitRequest(layer=to_message("bn0", Moments(5, np.zeros(2), np.array([1.0, -1.0]))))
+def layer(name, count=5, mean=None, variance=None):
+    channels = LAYERS.get(name, 2)
+    mean, variance = mean or [0.0] * channels, variance or [1.0] * channels
+    return VisitRequest(layer=LayerMoments(layer=name, count=count, mean=mean, variance=variance))
 
 
 FINAL = VisitRequest(final=VisitFinal(images=1, layers=2))
@@ -160,19 +150,34 @@ FINAL = VisitRequest(final=VisitFinal(images=1, layers=2))
         [layer("bn0"), layer("bn1")],
         [layer("bn0"), layer("bn1"), layer("bn2"), FINAL],
         [layer("bn0"), layer("bn1"), VisitRequest(final=VisitFinal(images=0, layers=2))],
-        [layer("bn0", mean=[1.0]), layer("bn1"), FINAL],
-        [nan_layer(), layer("bn1"), FINAL],
-        [negative_layer(), layer("bn1"), FINAL],
-        [VisitRequest(layer=LayerMoments(layer="bn0", mean=[0, 0], variance=[1, 1])), layer("bn1"), FINAL],
+        [layer("bn0", mean=[1.0] * 3), layer("bn1"), FINAL],
+        [layer("bn0", mean=[0.0, float("nan")]), layer("bn1"), FINAL],
+        [layer("bn0", variance=[1.0, -1.0]), layer("bn1"), FINAL],
+        [layer("bn0", count=0), layer("bn1"), FINAL],
+        [layer("bn0", count=1 << 63), layer("bn1"), FINAL],
+        [layer("bn0", mean=[1e300, 0.0]), layer("bn1"), FINAL],
         [],
     ],
-    ids=["layer missing", "twice", "no final", "other layer", "no image", "channels", "NaN", "negative", "count", "end"],
+    ids=[
+        "layer missing",
+        "twice",
+        "no final",
+        "other layer",
+        "no image",
+        "channels",
+        "NaN",
+        "negative",
+        "count",
+        "huge count",
+        "huge",
+        "end",
+    ],
 )
 def test_a_visit_is_stored_whole_or_not_at_all(receiver, ask, task_of, messages):
     ask("visit")
     client, task = task_of("north")
     opened = [VisitRequest(open=VisitOpen(task_id=task.id)), *messages]
-    with pytest.raises(ProtocolError):
+    with pytest.raises((ProtocolError, ArtifactError)):
         client.result(client._stub().CompleteVisit.future(iter(opened)), VisitReply)
     assert receiver.store.visits(VERSION) == []
     assert receiver.woken == 0
@@ -213,13 +218,11 @@ def test_everybody_gets_the_moments_of_all_and_the_stored_visits_pool_to_the_sam
         for layer in LAYERS:
             assert_same(pooled[layer], pool([own(seed)[layer] for seed in (10, 20, 30)]))
             assert_same(pooled[layer], pool([visit.moments[layer] for visit in visits]))
-    assert receiver.woken == 3 or receiver.woken == 1
+    assert receiver.woken == 1
     assert receiver.metric("visits_total", mode="meeting") == 3
 
 
-def test_a_meeting_needs_its_quorum_and_waits_a_little_for_the_rest(
-    start_receiver, small_base, connect, tmp_path, monkeypatch
-):
+def test_a_meeting_needs_its_quorum_and_waits_a_little_for_the_rest(start_receiver, small_base, connect):
     receiver = start_receiver(small_base, meeting_grace_seconds=0.1)
     receiver.store.version(VERSION).mkdir(parents=True)
     receiver.store.merged(VERSION).write_bytes(b"weights")

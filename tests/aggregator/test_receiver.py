@@ -14,10 +14,10 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from aggregator.resources import ModelVersion
-from aggregator.store import OpenCalibration
 from agent.client import Client, Credentials
 from agent.upload import upload
+from aggregator.resources import ModelVersion
+from aggregator.store import OpenCalibration
 from datavector.errors import (
     CertificateError,
     Denied,
@@ -81,7 +81,10 @@ def foreign_client(tmp_path, authority, receiver, *, trust_domain="datavector.lo
 
 
 def test_a_certificate_of_a_foreign_authority_is_told_apart_from_an_absent_aggregator(receiver, tmp_path, authority):
-    with foreign_client(tmp_path, authority, receiver) as client, pytest.raises(CertificateError, match="refuses this hospital"):
+    with (
+        foreign_client(tmp_path, authority, receiver) as client,
+        pytest.raises(CertificateError, match="refuses this hospital"),
+    ):
         client.describe()
 
 
@@ -89,9 +92,9 @@ def test_an_aggregator_of_a_foreign_authority_is_told_apart_from_an_absent_one(r
     init_authority(tmp_path / "foreign")
     issue_hospital(tmp_path / "foreign", "north")
     credentials = Credentials(*(tmp_path / "foreign" / name for name in ("north.crt", "north.key", "ca.crt")))
-    with Client(receiver.address, credentials, patience_seconds=0) as client:
-        with pytest.raises(CertificateError, match="not to be trusted"):
-            client.describe()
+    client = Client(receiver.address, credentials, patience_seconds=0)
+    with client, pytest.raises(CertificateError, match="not to be trusted"):
+        client.describe()
 
 
 def test_nobody_listening_is_unreachable(connect):
@@ -363,7 +366,10 @@ def test_an_internal_fault_is_told_without_its_text_and_the_receiver_goes_on(rec
 
 def test_a_taken_address_says_so(receiver, authority, tmp_path, small_base):
     settings = make_settings(authority, listen=f"127.0.0.1:{receiver.address.rpartition(':')[2]}")
-    with pytest.raises(UsageError, match="cannot be listened on"), serve(make_store(tmp_path / "2", small_base), settings):
+    with (
+        pytest.raises(UsageError, match="cannot be listened on"),
+        serve(make_store(tmp_path / "2", small_base), settings),
+    ):
         pass
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,7 +34,7 @@ def empty_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     (folder / "classes.txt").write_text("\n".join(CLASSES))
     for number, hospital in enumerate(HOSPITALS):
         draw_images(folder / "data" / hospital, seed=number)
-    with Site(folder, folder / "certs", folder / "base", folder / "data", TRAINING).running as running:
+    with ExitStack() as running:
         site = Site(folder, folder / "certs", folder / "base", folder / "data", TRAINING, running)
         base = site.start(
             "base", "create", "--architecture", "mobilenet_v3_small", "--size", "32", "--name", "tiny",
@@ -60,7 +62,7 @@ def trained_site(empty_site: Site) -> Site:
 @pytest.fixture
 def new_site(empty_site: Site, tmp_path: Path) -> Iterator[Site]:
     """A place for a story that begins from nothing."""
-    with Site(tmp_path, empty_site.certificates, empty_site.base, empty_site.data, TRAINING).running as running:
+    with ExitStack() as running:
         yield replace(empty_site, folder=tmp_path, running=running)
 
 
@@ -75,8 +77,6 @@ def site(new_site: Site, trained_site: Site) -> Site:
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
     """Mounts file systems of a few MiB: `small_disk(folder, mebibytes)`."""
-    import subprocess
-
     mounted: list[Path] = []
 
     def mount(folder: Path, mebibytes: int) -> None:

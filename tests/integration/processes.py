@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from aggregator.store import Store
 from datavector.demo.sites import write_toml
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE_SECONDS = 300.0
+PATIENCE_SECONDS = 120.0
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("DATAVECTOR_")},
     "OMP_NUM_THREADS": "1",
@@ -157,6 +157,7 @@ class Site:
         folder: `<hospital>/state`, `aggregator/store`, configuration files and logs.
         certificates: what `datavector certs` wrote.
         data: the hospitals' images, `<hospital>/<class>/*.png`.
+        running: ends every process that was started.
     """
 
     folder: Path
@@ -164,7 +165,7 @@ class Site:
     base: Path
     data: Path
     training: Mapping[str, Any]
-    running: ExitStack = field(default_factory=ExitStack)
+    running: ExitStack
 
     def start(self, *arguments: str | Path, log: str) -> Process:
         """Starts a command that is killed at the story's end, if it still runs then."""

@@ -14,8 +14,11 @@ tiny = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e-38, 2.0**-46, -(2.0**-46), 
 limits = st.sampled_from([16.0, -16.0, 16.000002, 48.0, -24.0, 24.000002, 3e38, -3e38])
 
 
+anything = st.one_of(usual, tiny, huge, limits)
+
+
 @st.composite
-def blocks(draw, elements=st.one_of(usual, tiny, huge, limits)):
+def blocks(draw, elements=anything):
     shape = (draw(st.integers(1, 9)), draw(st.integers(1, 24)))
     return draw(npst.arrays(np.float32, shape, elements=elements))
 

@@ -1,0 +1,203 @@
+"""Reconciliation with the real registry, the real store and real job processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aggregator.registry import SqliteRegistry
+from aggregator.resources import Phase
+from aggregator.store import Store
+from datavector.files import sha256_file
+from datavector.model import BaseModel
+from datavector.networks import create_base
+from datavector.release import verify_release
+from tests.aggregator.objects import policy
+from tests.aggregator.reconciling import reconciling, wait_for_merge
+
+
+@pytest.fixture
+def store(tmp_path: Path, small_base: BaseModel, large_base: BaseModel) -> Store:
+    made = Store(tmp_path / "store")
+    for base in (small_base, large_base):
+        made.import_base(base.path)
+    return made
+
+
+@pytest.fixture
+def registry(store: Store) -> Iterator[SqliteRegistry]:
+    with contextlib.closing(SqliteRegistry(store.root / "registry.sqlite")) as opened:
+        yield opened
+
+
+@pytest.fixture
+def arrive(store, registry, deliver):
+    """Records hospitals' vectors, as the receiver does: `arrive(base, "north", "south")`."""
+
+    def add(base: BaseModel, *hospitals: str, sequence: int = 1) -> None:
+        for hospital in hospitals:
+            registry.add_vector(deliver(store, base, hospital, sequence=sequence))
+
+    return add
+
+
+async def test_arrivals_are_merged_and_their_hospitals_asked(store, registry, arrive, small_base):
+    registry.set_policies([policy(base="small", quiet=0, mode="visit")])
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: running.waiting == {"brain": "0 of 2 hospitals; waiting for 2 more"})
+        arrive(small_base, "north", "south")
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+        (version,) = running.in_phase(Phase.CALIBRATING)
+        (asked,) = store.open_calibrations()
+        assert (asked.version, asked.hospitals, asked.quorum) == (version.name, ("north", "south"), 2)
+        assert version.status.weights_sha256 == sha256_file(store.merged(version.name))
+
+
+async def test_a_later_arrival_makes_the_next_version_and_the_unfinished_one_leaves_no_file(
+    store, registry, arrive, small_base
+):
+    registry.set_policies([policy(base="small", quiet=0, mode="visit")])
+    arrive(small_base, "north", "south")
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+        (first,) = running.in_phase(Phase.CALIBRATING)
+        arrive(small_base, "east")
+        await running.until(lambda: bool(running.in_phase(Phase.SUPERSEDED) and running.in_phase(Phase.CALIBRATING)))
+        (second,) = running.in_phase(Phase.CALIBRATING)
+        assert second.hospitals == ("east", "north", "south")
+        assert not store.has_version(first.name)
+        assert [asked.version for asked in store.open_calibrations()] == [second.name]
+
+
+async def test_a_quiet_period_is_waited_for_and_then_the_merge_begins_by_itself(store, registry, arrive, small_base):
+    registry.set_policies([policy(base="small", quiet=0.3, mode="visit")])
+    arrive(small_base, "north", "south")
+    last = max(vector.status.stored_at for vector in registry.vectors())
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+    (version,) = registry.versions()
+    assert (version.status.calibration_started_at - last).total_seconds() >= 0.3
+
+
+async def test_a_withdrawal_while_a_merge_runs_ends_it_and_leaves_nothing(store, registry, arrive, large_base):
+    registry.set_policies([policy(base="large", quiet=0, mode="visit")])
+    arrive(large_base, "north", "south")
+    async with reconciling(store, registry) as running:
+        await asyncio.to_thread(wait_for_merge, store)
+        registry.withdraw("north", None)
+        await running.until(lambda: running.waiting == {"brain": "1 of 2 hospitals; waiting for 1 more"})
+        await running.until(lambda: all(v.status.erased_at for v in registry.vectors() if not v.granted))
+        (version,) = registry.versions()
+        assert version.status.phase is Phase.REVOKED
+        assert not store.has_version(version.name)
+    assert [path.parent.name for path in (store.root / "blobs").glob("*/*")] == ["south"]
+
+
+async def test_a_job_that_is_stopped_before_it_began_is_forgotten(store, registry, arrive, small_base):
+    registry.set_policies([policy(base="small", quiet=0, mode="visit")])
+    arrive(small_base, "north", "south", "east")
+    async with reconciling(store, registry) as running:
+        running.reconciler.reconcile()  # plans and starts, but no process can begin before the next await
+        registry.withdraw("east", None)
+        running.reconciler.reconcile()
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+        assert [v.hospitals for v in running.in_phase(Phase.CALIBRATING)] == [("north", "south")]
+        assert all(v.status.erased_at for v in registry.vectors() if not v.granted)
+
+
+async def test_a_failure_is_recorded_with_its_reason_and_tried_again(store, registry, arrive, small_base):
+    registry.set_policies([policy(base="small", quiet=0, mode="visit")])
+    arrive(small_base, "north", "south")
+    vector = registry.vectors()[0]
+    blob = store.blob(vector.spec.hospital, vector.spec.artifact.digest)
+    blob.rename(store.root / "aside")
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: any(version.status.attempts for version in registry.versions()))
+        (version,) = registry.versions()
+        assert f"the stored vector {vector.name} is missing or altered" in version.status.message
+        (store.root / "aside").rename(blob)
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+    (version,) = registry.versions()
+    assert (version.status.attempts, version.status.message) == (0, "")
+
+
+async def test_the_files_of_versions_whose_policy_is_gone_go_with_a_withdrawal(store, registry, arrive, small_base):
+    registry.set_policies([policy(base="small", quiet=0, mode="visit")])
+    arrive(small_base, "north", "south")
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+    registry.set_policies([])
+    registry.withdraw("north", None)
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: not any((store.root / "versions").iterdir()))
+    assert [path.parent.name for path in (store.root / "blobs").glob("*/*")] == ["south"]
+
+
+async def test_a_fault_of_the_disk_does_not_end_the_reconciliation(store, registry, arrive, small_base):
+    complained = asyncio.Event()
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda _: complained.set()
+    logging.getLogger("aggregator.embedded").addHandler(handler)
+    registry.set_policies([policy(base="small", quiet=0, mode="visit")])
+    arrive(small_base, "north", "south")
+    versions = store.root / "versions"
+    versions.rmdir()
+    versions.write_text("in the way")
+    async with reconciling(store, registry) as running:
+        await complained.wait()
+        versions.unlink()
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+    logging.getLogger("aggregator.embedded").removeHandler(handler)
+
+
+async def test_stopping_ends_the_jobs_and_starting_again_goes_on(store, registry, arrive, large_base):
+    registry.set_policies([policy(base="large", quiet=0, mode="visit")])
+    arrive(large_base, "north", "south", "east")
+    async with reconciling(store, registry):
+        await asyncio.to_thread(wait_for_merge, store)
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+    (version,) = registry.versions()
+    assert version.status.weights_sha256 == sha256_file(store.merged(version.name))
+
+
+@pytest.mark.slow
+async def test_from_arrivals_to_ready_and_after_a_withdrawal_to_what_never_had_the_hospital(
+    tmp_path, store, registry, arrive, deliver
+):
+    base = create_base(tmp_path / "resnet", architecture="resnet18", classes=("a", "b", "c"), size=32)
+    store.import_base(base.path)
+    registry.set_policies([policy(base="resnet18", quiet=0, mode="uploaded")])
+    arrive(base, "north", "south", "east")
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: bool(running.in_phase(Phase.READY)))
+        (first,) = running.in_phase(Phase.READY)
+        assert verify_release(store.release(first.name)).ok
+        lineage = (store.release(first.name) / "release.json").read_text()
+        assert all(entry.digest in lineage for entry in first.spec.inputs)
+        assert first.status.release_sha256 == sha256_file(store.release(first.name) / "SHA256SUMS")
+        assert (first.status.calibration["mode"], first.status.calibration["images"]) == ("uploaded", 300)
+        registry.withdraw("north", None)
+        assert [version.status.phase for version in registry.versions()] == [Phase.REVOKED], "before anything else"
+        await running.until(lambda: bool(running.in_phase(Phase.READY)))
+        (second,) = running.in_phase(Phase.READY)
+        assert second.hospitals == ("east", "south")
+        assert not store.has_version(first.name)
+        assert running.waiting == {"brain": f"{second.name} is Ready"}
+    assert sorted(path.parent.name for path in (store.root / "blobs").glob("*/*")) == ["east", "south"]
+
+    other = Store(tmp_path / "other")
+    other.import_base(base.path)
+    with contextlib.closing(SqliteRegistry(other.root / "registry.sqlite")) as never:
+        never.set_policies([policy(base="resnet18", quiet=0, mode="visit")])
+        for hospital in ("east", "south"):
+            never.add_vector(deliver(other, base, hospital))
+        async with reconciling(other, never) as running:
+            await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+        (undisturbed,) = never.versions()
+        assert sha256_file(other.merged(undisturbed.name)) == sha256_file(store.merged(second.name))

@@ -1,0 +1,220 @@
+"""The stages of a job: what they compute, and as processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aggregator.job import calibrate, write_restored
+from aggregator.reconcile import Base, World, desired_version, eligible
+from aggregator.resources import ModelVersion
+from aggregator.store import Store, Visit
+from datavector.files import sha256_file
+from datavector.layout import TensorFile
+from datavector.merge.batchnorm import Moments, pool
+from datavector.model import BaseModel, is_statistic
+from datavector.vector import open_vector
+from tests.aggregator.objects import policy
+
+HOSPITALS = ("north", "south", "east")
+
+
+@pytest.fixture
+def store(tmp_path: Path, small_base: BaseModel) -> Store:
+    made = Store(tmp_path / "store")
+    made.import_base(small_base.path)
+    return made
+
+
+@pytest.fixture
+def start(store, small_base, deliver):
+    """Makes a version of the hospitals' vectors, ready for its first stage: `start(mode="visit")`."""
+
+    def make(*hospitals: str, base: BaseModel = small_base, **rules: object) -> ModelVersion:
+        vectors = tuple(
+            deliver(store, base, name, images=100 * number)
+            for number, name in enumerate(hospitals or HOSPITALS, start=1)
+        )
+        world = World(policy(base=base.digest, **rules), Base(base.digest, has_batchnorm=True), vectors)
+        version = desired_version(world, eligible(world))
+        store.write_version(version.name, version.dump())
+        return version
+
+    return make
+
+
+def run(store: Store, version: ModelVersion, stage: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "aggregator.job", str(store.root), version.name, stage],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def visit(base: BaseModel, hospital: str, images: int, *, rounds: int = 1) -> Visit:
+    random = np.random.default_rng(images)
+    channels = {layer: base.layout.by_name[f"{layer}.running_mean"].elements for layer in base.batchnorm_layers}
+    moments = {
+        layer: Moments(49 * images, random.normal(size=n), random.uniform(size=n)) for layer, n in channels.items()
+    }
+    return Visit(hospital, images, rounds, moments)
+
+
+# --- merge
+
+
+def test_a_merge_adds_the_vectors_to_the_pretrained_weights_but_not_to_the_statistics(store, start, small_base):
+    version = start()
+    done = run(store, version, "merge")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert store.report(version.name, "merge") == {"weights_sha256": sha256_file(store.merged(version.name))}
+    blobs = [store.blob(entry.hospital, entry.digest) for entry in version.spec.inputs]
+    with TensorFile(store.merged(version.name), small_base.layout) as merged, small_base.open() as pretrained:
+        for spec in small_base.layout.tensors:
+            expected = pretrained.read(spec.name).astype("f8")
+            for blob in blobs * (not is_statistic(spec.name)):
+                with open_vector(blob, small_base) as vector:
+                    expected += vector.read(spec.name)
+            assert np.allclose(merged.read(spec.name), expected, rtol=0, atol=1e-6)
+
+
+def test_a_merge_that_is_run_again_gives_the_same_bytes_and_clears_what_a_killed_one_left(store, start):
+    version = start()
+    run(store, version, "merge")
+    first = store.merged(version.name).read_bytes()
+    (store.version(version.name) / ".merged.safetensors.half").write_bytes(b"half")
+    run(store, version, "merge")
+    assert store.merged(version.name).read_bytes() == first
+    assert list(store.version(version.name).glob(".*")) == []
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut", "gone"])
+def test_a_blob_that_is_not_what_was_recorded_fails_the_merge_with_a_sentence(store, start, damage):
+    version = start()
+    entry = version.spec.inputs[1]
+    blob = store.blob(entry.hospital, entry.digest)
+    content = blob.read_bytes()
+    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damage == "altered" else content[:-4])
+    if damage == "gone":
+        blob.unlink()
+    done = run(store, version, "merge")
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"the stored vector {entry.data_vector} is missing or altered; "
+        "restore the store's volume, or let the hospital send it again\n"
+    )
+    assert store.report(version.name, "merge") is None
+    assert not store.merged(version.name).exists()
+
+
+def test_an_unknown_method_is_named(store, start):
+    done = run(store, start(method="median"), "merge")
+    assert done.returncode == 2
+    assert "median" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_lost_base_fails_the_stage_with_a_sentence(store, start, small_base):
+    version = start()
+    (store.base(small_base.digest).path / "base.json").unlink()
+    done = run(store, version, "merge")
+    assert done.returncode == 1
+    assert "the store has 0 base models" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_job_ends_with_its_parent(store, start):
+    version = start()
+    description = store.version(version.name) / "version.json"
+    description.unlink()
+    os.mkfifo(description)  # reading it blocks for ever
+    with subprocess.Popen(
+        [sys.executable, "-m", "aggregator.job", "--end-with-parent", str(store.root), version.name, "merge"],
+        stdin=subprocess.PIPE,
+    ) as job:
+        job.stdin.close()
+        assert job.wait() == 1
+    assert store.report(version.name, "merge") is None
+
+
+# --- calibration
+
+
+def test_uploaded_statistics_are_those_of_the_hospitals_own_models_weighted_by_their_images(store, start, small_base):
+    version = start(mode="uploaded")
+    described, moments = calibrate(store, version, small_base)
+    assert described == {
+        "mode": "uploaded", "hospitals": ["east", "north", "south"], "images": 600, "note": "as the policy says",
+    }  # fmt: skip
+    own = []
+    for entry in version.spec.inputs:
+        with open_vector(store.blob(entry.hospital, entry.digest), small_base) as vector, small_base.open() as weights:
+            mean, variance = (
+                (weights.read(f"bn1.{name}") + vector.read(f"bn1.{name}")).astype("f8")
+                for name in ("running_mean", "running_var")
+            )
+        own.append(Moments(entry.sample_count, mean, variance))
+    pooled = pool(own)
+    assert np.array_equal(moments["bn1"].mean, pooled.mean)
+    assert np.array_equal(moments["bn1"].variance, pooled.variance)
+    assert set(moments) == set(small_base.batchnorm_layers)
+
+
+@pytest.mark.parametrize("mode", ["visit", "meeting"])
+def test_what_visitors_left_is_pooled_once_there_is_a_quorum(store, start, small_base, mode):
+    version = start(mode=mode, quorum=2)
+    for name, images in (("north", 30), ("east", 50), ("stranger", 999)):
+        store.save_visit(version.name, visit(small_base, name, images))
+    described, moments = calibrate(store, version, small_base)
+    assert (described["mode"], described["hospitals"], described["images"]) == (mode, ["east", "north"], 80)
+    expected = pool([visit(small_base, "north", 30).moments["bn0"], visit(small_base, "east", 50).moments["bn0"]])
+    assert np.array_equal(moments["bn0"].variance, expected.variance)
+
+
+def test_below_the_quorum_the_uploaded_statistics_are_the_last_resort_and_labelled(store, start, small_base):
+    version = start(mode="visit", quorum=2)
+    store.save_visit(version.name, visit(small_base, "north", 30))
+    described, _ = calibrate(store, version, small_base)
+    assert described["mode"] == "uploaded"
+    assert described["note"] == "last resort: 1 of 2 hospitals took part in a visit before the deadline"
+
+
+def test_no_calibration_keeps_the_pretrained_statistics(store, start, small_base):
+    described, moments = calibrate(store, start(mode="none"), small_base)
+    assert (described["mode"], moments) == ("none", {})
+
+
+def test_restoring_replaces_the_statistics_and_nothing_else(store, start, small_base, tmp_path):
+    version = start()
+    run(store, version, "merge")
+    moments = visit(small_base, "north", 30).moments
+    moments.pop("bn1")
+    write_restored(tmp_path / "restored", small_base, store.merged(version.name), moments)
+    with (
+        TensorFile(tmp_path / "restored", small_base.layout) as restored,
+        TensorFile(store.merged(version.name), small_base.layout) as merged,
+    ):
+        for spec in small_base.layout.tensors:
+            expected = merged.read(spec.name)
+            if spec.name == "bn0.running_mean":
+                expected = moments["bn0"].mean.astype("f4")
+            if spec.name == "bn0.running_var":
+                expected = moments["bn0"].variance.astype("f4")
+            assert np.array_equal(restored.read(spec.name), expected)
+
+
+# --- release
+
+
+def test_a_release_of_a_network_that_nobody_knows_fails_with_a_sentence(store, start):
+    version = start(mode="none")
+    run(store, version, "merge")
+    done = run(store, version, "release")
+    assert done.returncode == 1
+    assert "cannot be built" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+    assert not store.release(version.name).exists()

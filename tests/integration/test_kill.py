@@ -1,0 +1,165 @@
+"""kill -9 at any moment: whoever starts again ends where an undisturbed run would have ended."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agent.client import Client, Credentials
+from agent.ledger import Ledger
+from agent.upload import upload
+from aggregator.resources import ModelVersion
+from datavector.files import sha256_file
+from datavector.layout import write_tensors
+from datavector.merge import merge_vectors
+from datavector.model import BaseModel
+from datavector.networks import create_base
+from tests.integration.conftest import CLASSES, HOSPITALS, VISIT
+from tests.integration.processes import Aggregator, Site, until
+from tests.serving import announce
+
+UNCALIBRATED = VISIT | {
+    "trigger": {"minHospitals": 3, "quietPeriodSeconds": 0},
+    "calibration": {"mode": "none"},
+}
+
+
+@pytest.fixture(scope="module")
+def large_base(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    """A base model of 43 MB, so that there is a middle in which to kill."""
+    folder = tmp_path_factory.mktemp("large") / "base"
+    return create_base(folder, architecture="resnet18", classes=CLASSES, size=32, name="tiny")
+
+
+@pytest.fixture(scope="module")
+def vectors(large_base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small random vector of each hospital."""
+    folder = tmp_path_factory.mktemp("vectors")
+    for number, hospital in enumerate(HOSPITALS):
+        random = np.random.default_rng(number)
+        small = (random.normal(0, 1e-3, spec.shape).astype(np.float32) for spec in large_base.layout.tensors)
+        write_tensors(folder / hospital, large_base.vector_layout, small)
+    return {hospital: folder / hospital for hospital in HOSPITALS}
+
+
+@pytest.fixture
+def large_site(new_site: Site, large_base: BaseModel) -> Site:
+    return replace(new_site, base=large_base.path)
+
+
+def test_an_aggregator_and_its_jobs_are_killed_again_and_again_and_the_version_is_the_same(
+    large_site: Site, large_base: BaseModel, vectors: dict[str, Path]
+):
+    aggregator = large_site.aggregator(UNCALIBRATED)
+    port = int(aggregator.address.rpartition(":")[2])
+
+    def start_again() -> Aggregator:
+        return large_site.aggregator(UNCALIBRATED, port=port)
+
+    # in the middle of an upload: it goes on from what is on the receiver's disk
+    half_way = threading.Event()
+    north = Sender(large_site, "north", aggregator.address, vectors["north"], large_base, half_way)
+    until(half_way.is_set, "half an upload")
+    aggregator.process.kill()
+    aggregator = start_again()
+    assert "north-" in north.delivered()
+    assert sha256_file(aggregator.store.blob("north", sha256_file(vectors["north"]))) == sha256_file(vectors["north"])
+    for hospital in ("south", "west"):
+        Sender(large_site, hospital, aggregator.address, vectors[hospital], large_base).delivered()
+
+    # in the middle of a merge: first the job alone, then the aggregator, and its job goes with it
+    kill_while_writing(aggregator, aggregator.job("merge"))
+    job = aggregator.job("merge")
+    aggregator.process.kill()
+    until(lambda: not Path(f"/proc/{job}/cmdline").exists(), "the end of the job")
+    assert not list(aggregator.store.root.glob("versions/*/report-merge.json"))
+
+    # in the middle of a release
+    aggregator = start_again()
+    os.kill(aggregator.job("release"), signal.SIGKILL)
+    aggregator.process.wait_for("the release process was killed by signal 9")
+    aggregator.job("release")
+    aggregator.process.kill()
+
+    aggregator = start_again()
+    version = aggregator.wait_for("Ready", *HOSPITALS)
+    reference = large_site.folder / "reference.safetensors"
+    merge_vectors(large_base, list(vectors.values()), "sum", {}, reference)
+    assert version.status.weights_sha256 == sha256_file(reference)
+    assert phases(aggregator) == {version.name: "Ready"}
+    assert not [path for path in aggregator.store.root.rglob(".*") if "safetensors" in path.name]
+    release = aggregator.store.release(version.name)
+    assert "FAIL" not in large_site.start("verify", release, log="verify").succeed()
+    assert aggregator.process.terminate() == 0
+
+
+def test_an_agent_that_is_killed_stopped_and_finds_nobody_there_delivers_the_same_vector(site: Site):
+    finished = site.folder / "north" / "state"
+    expected = sha256_file(finished / "vector.safetensors")
+    state = site.folder / "again" / "state"
+    state.mkdir(parents=True)
+    shutil.copytree(finished / "bases", state / "bases")
+    shutil.copy(finished / "policy.json", state)
+
+    def start() -> tuple[object, str]:
+        return site.agent("north", "127.0.0.1:9", "--once", state=state)
+
+    agent = start()
+    assert "going on with the policy that it had last" in agent.wait_for("aggregator: ") or True
+    agent.wait_for("epoch 1 of 3")
+    agent.kill()  # between two epochs, or very near
+    agent = start()
+    agent.wait_for("epoch 2 of 3")
+    agent.work_on(0.3)
+    assert "epoch 3 of 3" not in agent.output
+    agent.kill()  # within the third
+    agent = start()
+    agent.wait_for("decoding")
+    assert agent.terminate() == 0
+    agent = start()
+    assert sha256_file(state / "vector.safetensors") == expected
+
+
+class Sender:
+    """Sends a vector in a thread, with patience.
+
+    Args:
+        half_way: set as soon as half of the bytes have been handed to the network.
+    """
+
+    def __init__(
+        self, site: Site, hospital: str, address: str, path: Path, base: BaseModel,
+        half_way: threading.Event | None = None,
+    ) -> None:  # fmt: skip
+        certificates = site.certificates
+        self._credentials = Credentials(
+            certificates / f"{hospital}.crt", certificates / f"{hospital}.key", certificates / "ca.crt"
+        )
+        self._ledger = Ledger(site.folder / f"{hospital}.jsonl")
+        self._address, self._path, self._info = address, path, announce(path, base)
+        self._half_way = half_way
+        self._name = ""
+        self._thread = threading.Thread(target=self._send, daemon=True)
+        self._thread.start()
+
+    def delivered(self) -> str:
+        """The vector's name, once it is committed."""
+        self._thread.join()
+        return self._name
+
+    def _send(self) -> None:
+        with Client(self._address, self._credentials, ledger=self._ledger, patience_seconds=120) as client:
+            self._name = upload(client, self._path, self._info, on_progress=self._note)
+
+    def _note(self, done: int, size: int) -> None:
+        if self._half_way and not self._half_way.is_set() and 2 * done > size:
+            self._half_way.set()
