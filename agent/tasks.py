@@ -12,7 +12,7 @@ from agent.recalibrate import affordable_images, recalibrate
 from agent.settings import AgentSettings
 from agent.train import choose_device
 from datavector.data.images import ImageSet
-from datavector.errors import NotFound, TryAgain
+from datavector.errors import NotFound, TryAgain, Unreachable
 from datavector.merge.batchnorm import Moments, pool
 from datavector.model import BaseModel
 from datavector.networks import build, load_file
@@ -55,10 +55,8 @@ class TaskServer:
             return
         try:
             images = self._recalibrate(task, kind)
-        except (
-            NotFound,
-            TryAgain,
-        ) as error:  # the version was overtaken, or a meeting fell apart: not this site's fault
+        except (NotFound, TryAgain, Unreachable) as error:
+            # The version was overtaken, a meeting fell apart, or its link broke: the next poll shows what is left.
             self.metrics.tasks.labels(kind, "gone").inc()
             self.show(f"task {task.id}: {error}")
             return

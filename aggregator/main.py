@@ -20,6 +20,7 @@ from aggregator.settings import AggregatorSettings
 from aggregator.store import Store
 from datavector.console import say
 from datavector.errors import UsageError
+from datavector.merge import choose
 
 STOP_SECONDS = 5.0
 REGISTRY = "registry.sqlite"
@@ -29,7 +30,7 @@ def run(settings: AggregatorSettings) -> None:
     """Serves until SIGTERM or SIGINT.
 
     Raises:
-        ConfigError: the policy file is wrong.
+        ConfigError: the policy file is wrong, or names an unknown merge method.
         BaseModelError: the base model to import is missing or altered.
         CertificateError: the aggregator's own certificate cannot be used.
     """
@@ -39,6 +40,7 @@ def run(settings: AggregatorSettings) -> None:
     if settings.base is not None:
         store.import_base(settings.base)
     for policy in policies:
+        choose(policy.spec.method.name, policy.spec.method.parameters)
         store.base(policy.spec.base_model_ref)
     registry = SqliteRegistry(store.root / REGISTRY)
     registry.set_policies(policies)

@@ -1,6 +1,6 @@
 """From the last vector's commit to a Ready release, at the demo's size, with nobody to wait for.
 
-`python -m bench.latency` starts a real aggregator, uploads two vectors of EfficientNet-Lite0, and looks at the registry.
+`python -m bench.latency` starts a real aggregator, uploads two vectors of EfficientNet-Lite0, and asks the registry.
 """
 
 from __future__ import annotations

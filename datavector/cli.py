@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from datavector.errors import DataError, DataVectorError, ReleaseError, UsageError
+from datavector.errors import DataError, DataVectorError, Interrupted, ReleaseError, UsageError
 
 app = typer.Typer(
     name="datavector",
@@ -38,6 +38,8 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     try:
         app()
+    except Interrupted as stopped:
+        print(f"{stopped.message}; {stopped.remedy}", file=sys.stderr)
     except DataVectorError as error:
         print(f"error: {error.message}\n       {error.remedy}", file=sys.stderr)
         sys.exit(error.exit_code)

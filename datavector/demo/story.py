@@ -25,6 +25,7 @@ from datavector.demo.sites import Sites
 from datavector.demo.sources import Source
 from datavector.demo.study import Study
 from datavector.errors import NotReady, UsageError
+from datavector.merge import choose
 from datavector.metrics import accuracy, balanced_accuracy, confusion_matrix
 from datavector.model import BaseModel
 from datavector.networks import create_base
@@ -57,9 +58,11 @@ def run_demo(options: DemoOptions) -> None:
 
     Raises:
         UsageError: the output folder holds something.
+        ConfigError: there is no such merge method.
         DataVectorError: a site failed; its log is named.
     """
     output = options.output
+    choose(options.method, {})
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty", remedy="remove it, or give another folder with --output")
     clock = _Clock()

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from agent import train as training
-from agent.train import TrainSettings, class_log_prior, epoch_batches, evaluate, learning_rate, train
+from agent.train import (
+    TrainSettings,
+    class_log_prior,
+    clearly_worse,
+    epoch_batches,
+    evaluate,
+    learning_rate,
+    train,
+)
 from datavector.data.images import ImageSet
 from datavector.errors import Interrupted, NoImages, NotFinite, UsageError
 from datavector.metrics import accuracy
@@ -146,6 +154,14 @@ def test_without_validation_images_the_last_epoch_is_kept(base, train_set, tmp_p
     done = train(base, train_set, none, SETTINGS, tmp_path)
     assert done.epoch == 3
     assert not done.validation.any()
+
+
+def test_an_earlier_epoch_is_kept_only_where_the_later_one_is_clearly_worse():
+    assert not clearly_worse(0.8, 0.9, 18)
+    assert clearly_worse(0.5, 0.9, 18)
+    assert clearly_worse(0.87, 0.9, 2000)
+    assert not clearly_worse(0.9, 0.9, 2000)
+    assert not clearly_worse(float("nan"), 0.0, 0)
 
 
 def test_a_class_without_images_gives_finite_weights(base, train_set, val_set, tmp_path):

@@ -19,7 +19,7 @@ HOSPITALS = ("north", "south", "west")
 CLASSES = ("keratosis", "melanoma", "nevus")
 COLOURS = {"keratosis": (150, 110, 70), "melanoma": (70, 45, 40), "nevus": (190, 130, 120)}
 IMAGES = 12  # of each class
-TRAINING = {"epochs": 3, "batch_size": 4}
+TRAINING = {"epochs": 3, "batch_size": 2}
 VISIT = {
     "baseModelRef": "tiny",
     "trigger": {"minHospitals": 2, "quietPeriodSeconds": 0},
@@ -99,7 +99,7 @@ def draw_images(folder: Path, *, seed: int) -> None:
         (folder / label).mkdir(parents=True)
         for number in range(IMAGES):
             image = np.full((40, 40, 3), (225, 185, 165), dtype=float)
-            row, column, radius = random.uniform(14, 26, 2).tolist() + [random.uniform(7, 13)]
+            row, column, radius = random.uniform((14, 14, 7), (26, 26, 13))
             image[(rows - row) ** 2 + (columns - column) ** 2 < radius**2] = colour
             noisy = image * random.uniform(0.85, 1.1) + random.normal(0, 6, image.shape)
             Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / label / f"{number:02}.png")

@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ import pytest
 from agent.client import Client, Credentials
 from agent.ledger import Ledger
 from agent.upload import upload
-from aggregator.resources import ModelVersion
 from datavector.files import sha256_file
 from datavector.layout import write_tensors
 from datavector.merge import merge_vectors
@@ -95,38 +93,57 @@ def test_an_aggregator_and_its_jobs_are_killed_again_and_again_and_the_version_i
     reference = large_site.folder / "reference.safetensors"
     merge_vectors(large_base, list(vectors.values()), "sum", {}, reference)
     assert version.status.weights_sha256 == sha256_file(reference)
-    assert phases(aggregator) == {version.name: "Ready"}
+    assert list(aggregator.versions()) == [version.name]
     assert not [path for path in aggregator.store.root.rglob(".*") if "safetensors" in path.name]
     release = aggregator.store.release(version.name)
     assert "FAIL" not in large_site.start("verify", release, log="verify").succeed()
     assert aggregator.process.terminate() == 0
 
 
-def test_an_agent_that_is_killed_stopped_and_finds_nobody_there_delivers_the_same_vector(site: Site):
+def test_an_agent_killed_in_training_stopped_and_alone_delivers_the_vector_of_an_undisturbed_one(site: Site):
     finished = site.folder / "north" / "state"
     expected = sha256_file(finished / "vector.safetensors")
-    state = site.folder / "again" / "state"
-    state.mkdir(parents=True)
+    state = site.folder / "again"
+    state.mkdir()
     shutil.copytree(finished / "bases", state / "bases")
     shutil.copy(finished / "policy.json", state)
+    address = f"127.0.0.1:{free_port()}"  # nobody is there yet
 
-    def start() -> tuple[object, str]:
-        return site.agent("north", "127.0.0.1:9", "--once", state=state)
-
-    agent = start()
-    assert "going on with the policy that it had last" in agent.wait_for("aggregator: ") or True
+    agent = site.agent("north", address, "--once", state=state)
+    agent.wait_for("is not reachable (Connection refused); going on with the policy that it had last")
     agent.wait_for("epoch 1 of 3")
-    agent.kill()  # between two epochs, or very near
-    agent = start()
+    agent.kill()  # as soon as an epoch has ended
+    agent = site.agent("north", address, "--once", state=state)
     agent.wait_for("epoch 2 of 3")
-    agent.work_on(0.3)
-    assert "epoch 3 of 3" not in agent.output
-    agent.kill()  # within the third
-    agent = start()
-    agent.wait_for("decoding")
+    agent.work_on(0.2)  # within an epoch
+    agent.kill()
+    assert "epoch 1 of 3" not in agent.output
+    agent = site.agent("north", address, "--once", state=state)
+    agent.wait_for("ok    data")
     assert agent.terminate() == 0
-    agent = start()
+    assert "start it again to go on" in agent.output
+    assert not (state / "vector.safetensors").exists()
+
+    agent = site.agent("north", address, "--once", state=state)
+    agent.wait_for(f"{address}: not reachable since ")
+    assert "epoch 2 of 3" not in agent.output
     assert sha256_file(state / "vector.safetensors") == expected
+    aggregator = site.aggregator(VISIT, name="fresh", port=int(address.rpartition(":")[2]))
+    assert "delivered: north-" in agent.succeed()
+    assert [vector.spec.artifact.digest for vector in aggregator.vectors()] == [f"sha256:{expected}"]
+
+
+def kill_while_writing(aggregator: Aggregator, job: int) -> None:
+    """kill -9 of a merge as soon as it has begun to write its result, and not a moment after it has ended."""
+    versions = aggregator.store.root / "versions"
+    until(lambda: list(versions.glob("*/.merged.safetensors.*")), "a merge that writes", process=aggregator.process)
+    os.kill(job, signal.SIGKILL)
+    aggregator.process.wait_for("the merge process was killed by signal 9")
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 class Sender:

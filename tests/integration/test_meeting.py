@@ -9,7 +9,6 @@ import torch
 from agent.settings import Data
 from datavector.data.images import load_images
 from datavector.data.records import assign_splits, read_records
-from datavector.layout import TensorFile
 from datavector.model import BaseModel
 from datavector.networks import batchnorm_modules, build, load_file, preprocess
 from tests.integration.conftest import HOSPITALS, VISIT
@@ -19,11 +18,11 @@ from tests.integration.processes import Aggregator, Site
 def test_hospitals_that_meet_get_what_one_pass_over_all_their_images_gives(site: Site, record_property):
     aggregator = site.aggregator(VISIT | {"calibration": {"mode": "meeting"}})
     agents = [site.agent(hospital, aggregator.address) for hospital in HOSPITALS]
-    version = aggregator.wait_for("Ready", *HOSPITALS)
     for agent in agents:
         agent.wait_for("meeting for trial-")
         assert agent.terminate() == 0
         assert "stopped while waiting for tasks" in agent.output
+    version = aggregator.wait_for("Ready", *HOSPITALS)
     calibration = lineage(aggregator, version.name)["calibration"]
     images = pooled_images(site)
     assert calibration["mode"] == "meeting"
