@@ -122,6 +122,8 @@ def test_of_equal_sequences_the_one_stored_later_counts_in_any_order():
     first, second = vector("north", 1, at=0, content="x"), vector("north", 1, at=5, content="a")
     for vectors in itertools.permutations((first, second, SOUTH)):
         assert created(World(policy(quiet=0), BASE, vectors), at(10)) == [("a", "south-1")]
+    for vectors in itertools.permutations((first, vector("north", 1, at=0, content="y"), SOUTH)):
+        assert created(World(policy(quiet=0), BASE, vectors), at(10)) == [("south-1", "y")]
 
 
 def test_a_hospital_whose_newest_vector_is_withdrawn_is_out():
