@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
+from datavector.errors import UsageError
+
 
 class Metrics:
     """Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` for counters."""
@@ -32,5 +34,14 @@ class Metrics:
         )
 
     def serve(self, port: int) -> None:
-        """Serves /metrics in a thread of its own."""
-        start_http_server(port, registry=self.registry)
+        """Serves /metrics in a thread of its own.
+
+        Raises:
+            UsageError: the port is taken.
+        """
+        try:
+            start_http_server(port, registry=self.registry)
+        except OSError as error:
+            raise UsageError(
+                f"metrics cannot be served on port {port} ({error.strerror})", remedy="set metrics_port to a free one"
+            ) from error

@@ -10,7 +10,7 @@ from aggregator.metrics import Metrics
 from aggregator.resources import CalibrationMode
 from aggregator.store import OpenCalibration, Store, Visit
 from datavector.errors import NotFound, ProtocolError
-from datavector.merge.batchnorm import Moments, pool
+from datavector.merge.batchnorm import Moments, pool_layers
 from datavector.model import BaseModel
 
 
@@ -90,7 +90,7 @@ class Calibrations:
         """What the other hospitals left, pooled, by layer; empty before the first of them."""
         calibration = self.offer(hospital, task_id).calibration
         others = [visit.moments for visit in self._store.visits(calibration.version) if visit.hospital != hospital]
-        return {layer: pool([moments[layer] for moments in others]) for layer in (others[0] if others else {})}
+        return pool_layers(others)
 
     def calibration(self, hospital: str, task_id: str) -> OpenCalibration:
         """The open calibration of a task that waits for this hospital or that it has finished.

@@ -21,11 +21,9 @@ from aggregator.resources import CalibrationMode, ModelVersion, utc_now
 from aggregator.store import Store, Visit
 from datavector.errors import DataVectorError, WrongDigest
 from datavector.files import disk_full_at, sha256_file
-from datavector.layout import FloatArray, TensorFile, write_tensors
 from datavector.merge import merge_vectors
-from datavector.merge.batchnorm import Moments, pool
-from datavector.model import BaseModel, is_statistic
-from datavector.vector import open_vector
+from datavector.merge.batchnorm import Moments, pool_layers, uploaded, write_restored
+from datavector.model import BaseModel
 
 
 def main() -> None:
@@ -116,48 +114,15 @@ def calibrate(store: Store, version: ModelVersion, base: BaseModel) -> tuple[dic
     visits = [visit for visit in store.visits(version.name) if visit.hospital in version.hospitals]
     needed = quorum(version)
     if wanted is not CalibrationMode.UPLOADED and len(visits) >= needed:
-        return _described(wanted, visits), _pooled(base, [visit.moments for visit in visits])
+        return _described(wanted, visits), pool_layers([visit.moments for visit in visits])
     note = "as the policy says"
     if wanted is not CalibrationMode.UPLOADED:
         note = f"last resort: {len(visits)} of {needed} hospitals took part in a {wanted.value} before the deadline"
     inputs = version.spec.inputs
-    uploaded = [uploaded_moments(base, store.blob(e.hospital, e.digest), e.sample_count) for e in inputs]
-    images = sum(entry.sample_count for entry in inputs)
+    moments = [uploaded(base, store.blob(each.hospital, each.digest), each.sample_count) for each in inputs]
+    images = sum(each.sample_count for each in inputs)
     description = {"mode": "uploaded", "hospitals": list(version.hospitals), "images": images, "note": note}
-    return description, _pooled(base, uploaded)
-
-
-def uploaded_moments(base: BaseModel, vector: Path, sample_count: int) -> dict[str, Moments]:
-    """The statistics of a hospital's own fine-tuned model, weighted by its training images."""
-    with base.open() as pretrained, open_vector(vector, base) as difference:
-        return {
-            layer: Moments(
-                sample_count,
-                *(
-                    (pretrained.read(name) + difference.read(name)).astype("f8")
-                    for name in (f"{layer}.running_mean", f"{layer}.running_var")
-                ),
-            )
-            for layer in base.batchnorm_layers
-        }
-
-
-def write_restored(path: Path, base: BaseModel, merged: Path, moments: dict[str, Moments]) -> None:
-    """Copies merged weights with the statistics of the layers in `moments` replaced."""
-    with TensorFile(merged, base.layout) as weights:
-        write_tensors(path, base.layout, (_restored(weights, spec.name, moments) for spec in base.layout.tensors))
-
-
-def _restored(weights: TensorFile, name: str, moments: dict[str, Moments]) -> FloatArray:
-    layer, _, kind = name.rpartition(".")
-    if not is_statistic(name) or layer not in moments:
-        return weights.read(name)
-    restored = moments[layer]
-    return (restored.mean if kind == "running_mean" else restored.variance).astype("f4")
-
-
-def _pooled(base: BaseModel, moments: list[dict[str, Moments]]) -> dict[str, Moments]:
-    return {layer: pool([each[layer] for each in moments]) for layer in base.batchnorm_layers}
+    return description, pool_layers(moments)
 
 
 def _described(mode: CalibrationMode, visits: list[Visit]) -> dict[str, Any]:

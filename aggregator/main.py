@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -33,21 +35,37 @@ def run(settings: AggregatorSettings) -> None:
         ConfigError: the policy file is wrong, or names an unknown merge method.
         BaseModelError: the base model to import is missing or altered.
         CertificateError: the aggregator's own certificate cannot be used.
+        UsageError: another aggregator uses the store.
     """
     logging.getLogger("aggregator").setLevel(logging.INFO)
     policies = load_policies(settings.policy)
+    for policy in policies:
+        choose(policy.spec.method.name, policy.spec.method.parameters)
     store = Store(settings.store)
     if settings.base is not None:
         store.import_base(settings.base)
     for policy in policies:
-        choose(policy.spec.method.name, policy.spec.method.parameters)
         store.base(policy.spec.base_model_ref)
-    registry = SqliteRegistry(store.root / REGISTRY)
-    registry.set_policies(policies)
-    try:
-        asyncio.run(_serve(settings, store, registry))
-    finally:
-        registry.close()
+    with _alone(store):
+        registry = SqliteRegistry(store.root / REGISTRY)
+        registry.set_policies(policies)
+        try:
+            asyncio.run(_serve(settings, store, registry))
+        finally:
+            registry.close()
+
+
+@contextlib.contextmanager
+def _alone(store: Store) -> Iterator[None]:
+    """Keeps a second aggregator off the store; the lock ends with the process, however that ends."""
+    with (store.root / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another aggregator uses the store {store.root}", remedy="stop it first, or give another store"
+            ) from error
+        yield
 
 
 async def _serve(settings: AggregatorSettings, store: Store, registry: SqliteRegistry) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from aggregator.resources import Consent, DataVector, ModelVersion, Phase
+from datavector.errors import UsageError
 
 
 class Metrics:
@@ -28,8 +29,17 @@ class Metrics:
         self.versions = Gauge("datavector_versions", "Model versions by phase.", ("phase",), registry=self.registry)
 
     def serve(self, port: int) -> None:
-        """Serves the metrics over HTTP, in a thread of its own."""
-        start_http_server(port, registry=self.registry)
+        """Serves the metrics over HTTP, in a thread of its own.
+
+        Raises:
+            UsageError: the port is taken.
+        """
+        try:
+            start_http_server(port, registry=self.registry)
+        except OSError as error:
+            raise UsageError(
+                f"metrics cannot be served on port {port} ({error.strerror})", remedy="set metrics_port to a free one"
+            ) from error
 
     def count_objects(self, vectors: Iterable[DataVector], versions: Iterable[ModelVersion]) -> None:
         """Sets the gauges of objects to what there is now."""

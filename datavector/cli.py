@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -33,6 +34,9 @@ Output = Annotated[Path, typer.Option("--output", help="Folder to write.")]
 Release = Annotated[Path, typer.Argument(help="A release folder.")]
 
 
+_WRONG_PATH = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+
+
 def main() -> None:
     """Entry point: an error for a person is printed as one, with what to do next."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
@@ -43,6 +47,14 @@ def main() -> None:
     except DataVectorError as error:
         print(f"error: {error.message}\n       {error.remedy}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _WRONG_PATH or error.filename is None:
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}\n       check the path, and who may write there",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; starting again goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -18,12 +18,11 @@ from torch import nn
 from agent.recalibrate import forward_with_moments, recalibrate
 from agent.tasks import pooled_with
 from agent.train import TrainSettings, evaluate, train
-from aggregator.job import uploaded_moments, write_restored
 from datavector.data.images import ImageSet
 from datavector.demo.report import Score
 from datavector.layout import FloatArray, TensorFile, write_tensors
 from datavector.merge import merge_vectors
-from datavector.merge.batchnorm import Moments, pool
+from datavector.merge.batchnorm import Moments, pool_layers, uploaded, write_restored
 from datavector.metrics import accuracy, balanced_accuracy
 from datavector.model import BaseModel, is_statistic
 from datavector.networks import build, head_tensors, load_file, load_weights, preprocess
@@ -107,11 +106,11 @@ class Study:
         left: dict[str, dict[str, Moments]] = {}
         for _ in range(rounds):
             for hospital, images in self.training.items():
-                others = _pool_layers([moments for name, moments in left.items() if name != hospital])
+                others = pool_layers([moments for name, moments in left.items() if name != hospital])
                 network = self._network(merged)
                 visit = recalibrate(network, self.base, images, partial(pooled_with, others), max_images=MAX_IMAGES)
                 left[hospital] = visit.moments
-        return self._restored(merged, _pool_layers(list(left.values())))
+        return self._restored(merged, pool_layers(list(left.values())))
 
     def _met(self, merged: Path) -> Score:
         """A meeting equals one pass over everybody's images together."""
@@ -122,10 +121,9 @@ class Study:
 
     def _uploaded(self, merged: Path) -> Score:
         images = [len(images) for images in self.training.values()]
-        uploaded = [
-            uploaded_moments(self.base, path, count) for path, count in zip(self.vectors.values(), images, strict=True)
-        ]
-        return self._restored(merged, _pool_layers(uploaded))
+        counts = zip(self.vectors.values(), images, strict=True)
+        moments = [uploaded(self.base, path, count) for path, count in counts]
+        return self._restored(merged, pool_layers(moments))
 
     def _restored(self, merged: Path, moments: dict[str, Moments]) -> Score:
         restored = self.folder / "restored.safetensors"
@@ -157,10 +155,6 @@ def _randomised(vector: TensorFile, kept: frozenset[str], generator: np.random.G
             continue
         noise = generator.standard_normal(spec.shape).astype(np.float32)
         yield noise * np.float32(np.linalg.norm(values) / max(float(np.linalg.norm(noise)), 1e-30))
-
-
-def _pool_layers(moments: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
-    return {layer: pool([each[layer] for each in moments]) for layer in (moments[0] if moments else {})}
 
 
 def _union(sets: Collection[ImageSet]) -> ImageSet:

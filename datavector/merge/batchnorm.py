@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datavector.errors import MergeError, NotFinite, WrongLayout
-from datavector.layout import FLOAT, FloatArray
+from datavector.layout import FLOAT, FloatArray, TensorFile, write_tensors
 from datavector.model import BaseModel
 from datavector.vector import open_vector
 
@@ -73,6 +73,11 @@ def pool(moments: Sequence[Moments]) -> Moments:
     return Moments(total, mean, variance)
 
 
+def pool_layers(moments: Sequence[Mapping[str, Moments]]) -> dict[str, Moments]:
+    """Pools what several hospitals measured, layer by layer; nothing where there is none of them."""
+    return {layer: pool([each[layer] for each in moments]) for layer in (moments[0] if moments else {})}
+
+
 def restore(moments: Mapping[str, Moments]) -> dict[str, FloatArray]:
     """The tensors that moments become, by name: `<layer>.running_mean` and `<layer>.running_var`, float32.
 
@@ -83,6 +88,19 @@ def restore(moments: Mapping[str, Moments]) -> dict[str, FloatArray]:
         tensors[f"{layer}.running_mean"] = each.mean.astype(FLOAT)
         tensors[f"{layer}.running_var"] = each.variance.astype(FLOAT)
     return tensors
+
+
+def write_restored(path: Path, base: BaseModel, merged: Path, moments: Mapping[str, Moments]) -> None:
+    """Copies merged weights with the statistics of the layers in `moments` replaced, atomically.
+
+    Raises:
+        WrongLayout: the weights are of another model, or a layer has another number of channels.
+        DiskFull: no space is left.
+    """
+    restored = restore(moments)
+    with TensorFile(merged, base.layout) as weights:
+        names = (spec.name for spec in base.layout.tensors)
+        write_tensors(path, base.layout, (restored[name] if name in restored else weights.read(name) for name in names))
 
 
 def uploaded(base: BaseModel, vector: Path, sample_count: int) -> dict[str, Moments]:

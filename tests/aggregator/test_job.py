@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aggregator.job import calibrate, write_restored
+from aggregator.job import calibrate
 from aggregator.reconcile import Base, World, desired_version, eligible
 from aggregator.resources import ModelVersion
 from aggregator.store import Store, Visit
 from datavector.files import sha256_file
 from datavector.layout import TensorFile
-from datavector.merge.batchnorm import Moments, pool
+from datavector.merge.batchnorm import Moments, pool, write_restored
 from datavector.model import BaseModel, is_statistic
 from datavector.vector import open_vector
 from tests.aggregator.objects import policy

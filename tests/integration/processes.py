@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from aggregator.store import Store
 from datavector.demo.sites import write_toml
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 300.0
 ENVIRONMENT = {
     **{name: value for name, value in os.environ.items() if not name.startswith("DATAVECTOR_")},
     "OMP_NUM_THREADS": "1",
@@ -61,7 +62,7 @@ class Process:
         with log.open("w") as output:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT,
-                cwd=log.parent,
+                cwd=log.parent, start_new_session=True,
             )  # fmt: skip
 
     @property
@@ -81,8 +82,9 @@ class Process:
         return until(lambda: _rest_of_line(self.output, text), f"{text!r}", process=self)[0]
 
     def wait(self) -> int:
-        """The exit code."""
-        return self._process.wait(PATIENCE_SECONDS)
+        """The exit code, once it has ended."""
+        until(lambda: self.ended, "its end", process=self)
+        return self._process.returncode
 
     def succeed(self) -> str:
         """What it printed, once it has ended well."""
@@ -91,8 +93,14 @@ class Process:
         return self.output
 
     def kill(self) -> None:
-        """kill -9."""
+        """kill -9 of this process alone."""
         self._process.kill()
+        self._process.wait()
+
+    def clear(self) -> None:
+        """Ends it and whatever it has started, if they still run."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
         self._process.wait()
 
     def terminate(self) -> int:
@@ -170,7 +178,7 @@ class Site:
     def start(self, *arguments: str | Path, log: str) -> Process:
         """Starts a command that is killed at the story's end, if it still runs then."""
         process = Process(arguments, self.folder / f"{log}.log")
-        self.running.callback(process.kill)
+        self.running.callback(process.clear)
         return process
 
     def aggregator(self, policy: Mapping[str, Any], *, name: str = "aggregator", port: int = 0) -> Aggregator:
@@ -237,6 +245,12 @@ def policy_file(spec: Mapping[str, Any], name: str = "trial") -> str:
             "spec": dict(spec),
         }
     )
+
+
+def free_port() -> int:
+    """A port of loopback on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
 
 
 # --- Processes of this machine, from /proc ----------------------------------------------------------------------

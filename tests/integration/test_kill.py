@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from datavector.merge import merge_vectors
 from datavector.model import BaseModel
 from datavector.networks import create_base
 from tests.integration.conftest import CLASSES, HOSPITALS, VISIT
-from tests.integration.processes import Aggregator, Site, until
+from tests.integration.processes import Aggregator, Site, free_port, until
 from tests.serving import announce
 
 UNCALIBRATED = VISIT | {
@@ -139,11 +138,6 @@ def kill_while_writing(aggregator: Aggregator, job: int) -> None:
     until(lambda: list(versions.glob("*/.merged.safetensors.*")), "a merge that writes", process=aggregator.process)
     os.kill(job, signal.SIGKILL)
     aggregator.process.wait_for("the merge process was killed by signal 9")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
 
 
 class Sender:

@@ -33,6 +33,9 @@ def test_three_hospitals_that_never_meet_make_a_model_and_one_takes_its_part_bac
     assert lineage["calibration"]["mode"] == "visit"
     assert lineage["calibration"]["hospitals"] == list(HOSPITALS)
     assert_the_readmes_client_agrees_with_predict(site, tmp_path / "release", tmp_path)
+    refused = site.run("north", "release", "fetch", "--output", site.data)
+    assert refused.wait() == 2
+    assert "holds other files" in refused.output
 
     # south takes its part back: the version is revoked before anything else, nobody can fetch it, its blob is erased
     (of_south,) = [vector for vector in aggregator.vectors() if vector.spec.hospital == "south"]
@@ -57,6 +60,13 @@ def test_three_hospitals_that_never_meet_make_a_model_and_one_takes_its_part_bac
     assert aggregator.wait_for("Ready", "north", "west").status.weights_sha256 == ours
     printed = site.run("north", "release", "fetch", "--output", tmp_path / "second").succeed()
     assert second.name in printed
+
+    with (tmp_path / "second" / "labels.txt").open("a") as labels:
+        labels.write("wart\n")
+    altered = site.start("verify", tmp_path / "second", log="verify")
+    assert altered.wait() == 1
+    assert "FAIL  checksums" in altered.output
+    assert "does not verify" in altered.output
 
     # one more is one too many: fewer than minHospitals are left, so there is no model any more
     site.run("west", "withdraw").succeed()
