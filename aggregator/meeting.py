@@ -45,6 +45,11 @@ class Seat:
         self.ended_by = reason
         self.timer.reschedule(asyncio.get_running_loop().time())
 
+    def check(self) -> None:
+        """Raises what ended the call, before its timer, which would have said so, is set anew."""
+        if self.ended_by is not None:
+            raise self.ended_by
+
     def step_on(self, pooled: Moments | None) -> None:
         """Lets the hospital go on, to the next step."""
         self.layer = ""
@@ -108,9 +113,12 @@ class Room:
                     await self._until(start)
                     await write(MeetReply(start=MeetStart(hospitals=sorted(self._present))))
                     while len(seat.given) < len(self._channels):
+                        seat.check()
                         timer.reschedule(loop.time() + self._idle_timeout)
-                        layer, moments = self._read_layer(seat, await read())
+                        message = await read()
+                        seat.check()
                         timer.reschedule(None)
+                        layer, moments = self._read_layer(seat, message)
                         pooled = await self._give(seat, layer, moments)
                         await write(MeetReply(pooled=to_message(layer, pooled)))
                     await write(MeetReply(done=self._done))

@@ -52,9 +52,9 @@ def test_every_page_that_a_page_links_to_exists(page: Path):
 
 def commands(text: str) -> list[str]:
     """What follows `datavector ` in code spans, and in lines of code blocks (after a prompt, or a path to it)."""
-    blocks = re.findall(r"^```(?:console|sh|bash)?\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    blocks = [block for _, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    in_blocks = [line for line in lines if re.match(r"\$ (?:\S*/)?datavector ", line)]
+    in_blocks = [line for line in lines if re.match(r"(?:\$ )?(?:\S*/)?datavector (?!\w+\()", line)]
     spans = re.findall(r"`((?:\S*/)?datavector [^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.M))
     return [re.split(r"(?:^|/|\s)datavector ", line, maxsplit=1)[1] for line in [*in_blocks, *spans]]
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,8 +22,10 @@ from datavector.merge import merge_vectors
 from datavector.model import BaseModel
 from datavector.networks import create_base
 from tests.integration.conftest import CLASSES, HOSPITALS, VISIT
-from tests.integration.processes import Aggregator, Site, free_port, until
+from tests.integration.processes import Aggregator, Site, command_line, free_port, until
 from tests.serving import announce
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found in /proc")
 
 UNCALIBRATED = VISIT | {
     "trigger": {"minHospitals": 3, "quietPeriodSeconds": 0},
@@ -63,10 +66,10 @@ def test_an_aggregator_and_its_jobs_are_killed_again_and_again_and_the_version_i
         return large_site.aggregator(UNCALIBRATED, port=port)
 
     # in the middle of an upload: it goes on from what is on the receiver's disk
-    half_way = threading.Event()
-    north = Sender(large_site, "north", aggregator.address, vectors["north"], large_base, half_way)
-    until(half_way.is_set, "half an upload")
-    aggregator.process.kill()
+    kill = aggregator.process.kill
+    north = Sender(large_site, "north", aggregator.address, vectors["north"], large_base, at_half_way=kill)
+    until(lambda: aggregator.process.ended, "half an upload")
+    assert [path.stat().st_size for path in aggregator.store.root.glob("uploads/north/*.part")] > [1 << 20]
     aggregator = start_again()
     assert "north-" in north.delivered()
     assert sha256_file(aggregator.store.blob("north", sha256_file(vectors["north"]))) == sha256_file(vectors["north"])
@@ -77,7 +80,7 @@ def test_an_aggregator_and_its_jobs_are_killed_again_and_again_and_the_version_i
     kill_while_writing(aggregator, aggregator.job("merge"))
     job = aggregator.job("merge")
     aggregator.process.kill()
-    until(lambda: not Path(f"/proc/{job}/cmdline").exists(), "the end of the job")
+    until(lambda: not any(command_line(job)), "the end of the job")
     assert not list(aggregator.store.root.glob("versions/*/report-merge.json"))
 
     # in the middle of a release
@@ -144,12 +147,12 @@ class Sender:
     """Sends a vector in a thread, with patience.
 
     Args:
-        half_way: set as soon as half of the bytes have been handed to the network.
+        at_half_way: called once, when half of the bytes have been handed to the network.
     """
 
     def __init__(
         self, site: Site, hospital: str, address: str, path: Path, base: BaseModel,
-        half_way: threading.Event | None = None,
+        at_half_way: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         certificates = site.certificates
         self._credentials = Credentials(
@@ -157,7 +160,8 @@ class Sender:
         )
         self._ledger = Ledger(site.folder / f"{hospital}.jsonl")
         self._address, self._path, self._info = address, path, announce(path, base)
-        self._half_way = half_way
+        self._at_half_way = at_half_way
+        self._called = False
         self._name = ""
         self._thread = threading.Thread(target=self._send, daemon=True)
         self._thread.start()
@@ -172,5 +176,6 @@ class Sender:
             self._name = upload(client, self._path, self._info, on_progress=self._note)
 
     def _note(self, done: int, size: int) -> None:
-        if self._half_way and not self._half_way.is_set() and 2 * done > size:
-            self._half_way.set()
+        if not self._called and 2 * done > size:
+            self._called = True
+            self._at_half_way()

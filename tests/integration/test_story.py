@@ -65,7 +65,8 @@ def test_three_hospitals_that_never_meet_make_a_model_and_one_takes_its_part_bac
         labels.write("wart\n")
     altered = site.start("verify", tmp_path / "second", log="verify")
     assert altered.wait() == 1
-    assert "FAIL  checksums" in altered.output
+    assert "FAIL  files" in altered.output
+    assert "altered: labels.txt" in altered.output
     assert "does not verify" in altered.output
 
     # one more is one too many: fewer than minHospitals are left, so there is no model any more
