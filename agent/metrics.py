@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
-
-from datavector.errors import UsageError
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 
 class Metrics:
@@ -32,16 +30,3 @@ class Metrics:
             "Calls that are tried again because the aggregator cannot be reached.",
             registry=self.registry,
         )
-
-    def serve(self, port: int) -> None:
-        """Serves /metrics in a thread of its own.
-
-        Raises:
-            UsageError: the port is taken.
-        """
-        try:
-            start_http_server(port, registry=self.registry)
-        except OSError as error:
-            raise UsageError(
-                f"metrics cannot be served on port {port} ({error.strerror})", remedy="set metrics_port to a free one"
-            ) from error

@@ -17,6 +17,7 @@ from agent.metrics import Metrics
 from agent.settings import AgentSettings
 from datavector.console import progress, say
 from datavector.errors import UsageError
+from datavector.monitoring import serve_metrics
 
 LEDGER = "ledger.jsonl"
 
@@ -36,7 +37,7 @@ def open_site(settings: AgentSettings) -> Iterator[Site]:
     """Connects, and makes SIGTERM and SIGINT end the work at the next safe point, with exit code 0."""
     metrics = Metrics()
     if settings.metrics_port:
-        metrics.serve(settings.metrics_port)
+        serve_metrics(metrics.registry, settings.metrics_port)
 
     def wait(sentence: str) -> None:
         metrics.retries.inc()

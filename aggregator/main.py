@@ -23,6 +23,7 @@ from aggregator.store import Store
 from datavector.console import say
 from datavector.errors import UsageError
 from datavector.merge import choose
+from datavector.monitoring import serve_metrics
 
 STOP_SECONDS = 5.0
 REGISTRY = "registry.sqlite"
@@ -82,7 +83,7 @@ async def _serve(settings: AggregatorSettings, store: Store, registry: SqliteReg
     reconciler = Reconciler(store, registry, settled)
     receiver = Receiver(store, registry, _receiver_settings(settings), reconciler.wake, waiting, metrics)
     if settings.metrics_port:
-        metrics.serve(settings.metrics_port)
+        serve_metrics(metrics.registry, settings.metrics_port)
     address = await receiver.start()
     say(f"listening on {address} (mutual TLS 1.3, trust domain {settings.tls.trust_domain})")
     reconciling = asyncio.create_task(reconciler.run(), name="reconcile")

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter as Tally
 from collections.abc import Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from aggregator.resources import Consent, DataVector, ModelVersion, Phase
-from datavector.errors import UsageError
 
 
 class Metrics:
@@ -27,19 +26,6 @@ class Metrics:
         )
         self.vectors = Gauge("datavector_vectors", "Vectors by consent.", ("consent",), registry=self.registry)
         self.versions = Gauge("datavector_versions", "Model versions by phase.", ("phase",), registry=self.registry)
-
-    def serve(self, port: int) -> None:
-        """Serves the metrics over HTTP, in a thread of its own.
-
-        Raises:
-            UsageError: the port is taken.
-        """
-        try:
-            start_http_server(port, registry=self.registry)
-        except OSError as error:
-            raise UsageError(
-                f"metrics cannot be served on port {port} ({error.strerror})", remedy="set metrics_port to a free one"
-            ) from error
 
     def count_objects(self, vectors: Iterable[DataVector], versions: Iterable[ModelVersion]) -> None:
         """Sets the gauges of objects to what there is now."""

@@ -85,8 +85,12 @@ class Report:
         rows = [("single", f"{name} alone", score) for name, (_, score) in self.hospitals.items()]
         rows.append(("merged", f"merged ({self.method}, {self.calibration.get('mode', 'none')})", self.merged))
         rows += [("control", _CONTROLS[name], score) for name, score in self.controls.items()]
-        rows += [("calibration", f"merged, BatchNorm {name}", score) for name, score in self.calibrations.items()]
+        rows += [("calibration", f"merged, BatchNorm by {name}", self.calibrations[name]) for name in self._others()]
         return rows
+
+    def _others(self) -> list[str]:
+        """The ways to restore BatchNorm that have no line of their own yet."""
+        return [name for name in self.calibrations if name not in (self.calibration.get("mode"), "none")]
 
     def dump(self) -> dict[str, Any]:
         """The content of report.json."""
