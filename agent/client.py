@@ -1,6 +1,7 @@
 """The agent's side of the exchange: every call to the aggregator, over mutual TLS, patient while it cannot be reached.
 
-Everything that leaves the building goes through this module, and none of it before the ledger has its line.
+Everything that leaves the building goes through this module: no vector, moment or withdrawal before the server has
+shown that it is the aggregator and the ledger has its line.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from datavector.errors import (
 )
 from datavector.files import disk_full_at, fsync_folder, sha256_file
 from datavector.merge.batchnorm import Moments
-from datavector.wire.certs import check_certificate
+from datavector.wire.certs import Identity, check_certificate
 from datavector.wire.chunks import MAX_MESSAGE
 from datavector.wire.moments import from_message, to_message
 from datavector.wire.status import read_error
@@ -379,9 +380,17 @@ class Client:
     # --- The connection
 
     def server_identity(self) -> str:
-        """Whom the aggregator's certificate names: its SPIFFE ID, or else its first DNS name."""
+        """The SPIFFE ID in the server's certificate, which must be that of this collaboration's aggregator.
+
+        Raises:
+            CertificateError: it is anyone else's.
+        """
         if not self._server:
-            self._server = self.patiently(lambda: _server_name(self._handshake(demand=True)))
+            names = self.patiently(lambda: _server_names(self._handshake(demand=True)))
+            expected = Identity(self.report.identity.trust_domain, None).uri
+            if expected not in names:
+                raise _foreign_server(self.address, f"it names {', '.join(names) or 'nobody'}, not {expected}")
+            self._server = expected
         return self._server
 
     def interrupt(self) -> None:
@@ -501,12 +510,12 @@ class Meeting:
 
     def finish(self) -> None:
         self.done = self._receive("done").done
-        self._sending.measured(bytes=self._bytes, sha256=self._digest.hexdigest())
 
     def _send(self, message: MeetRequest) -> None:
         content = message.SerializeToString(deterministic=True)
         self._digest.update(content)
         self._bytes += len(content)
+        self._sending.measured(bytes=self._bytes, sha256=self._digest.hexdigest())
         self._requests.put(message)
 
     def _receive(self, part: str) -> MeetReply:
@@ -514,6 +523,17 @@ class Meeting:
         if reply is None or reply.WhichOneof("part") != part:
             raise ProtocolError(f"the meeting did not answer with {part!r}", remedy="use a matching version")
         return reply
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that the aggregator names, in `folder`: what it says must not reach anything else here.
+
+    Raises:
+        ProtocolError: the name is absolute, leads upwards, or is not made of plain parts joined by "/".
+    """
+    if any(part in ("", ".", "..") for part in name.split("/")) or "\\" in name or "\0" in name:
+        raise ProtocolError(f"the aggregator names a file {name!r}", remedy="do not trust it: ask the aggregation site")
+    return folder / name
 
 
 _CLIENT_REFUSED = re.compile(r"ALERT_(UNKNOWN_CA|CERTIFICATE_\w+|BAD_CERTIFICATE|DECRYPT_ERROR|ACCESS_DENIED)", re.I)
@@ -542,9 +562,9 @@ def _foreign_server(address: str, reason: str) -> CertificateError:
     )
 
 
-def _server_name(certificate: Mapping[str, Any]) -> str:
-    names = sorted(certificate.get("subjectAltName", ()), key=lambda name: name[0] != "URI")
-    return str(names[0][1]) if names else "unnamed"
+def _server_names(certificate: Mapping[str, Any]) -> list[str]:
+    """The URIs that a certificate names."""
+    return [str(name) for kind, name in certificate.get("subjectAltName", ()) if kind == "URI"]
 
 
 def _reason(details: str) -> str:

@@ -31,7 +31,8 @@ class Entry:
         state: "sending" before the first byte, "sent" once confirmed, "unconfirmed" if the call failed (some or all
             of it may have left).
         what: "vector", "visit", "meeting" or "withdrawal".
-        bytes: size of what is sent; 0 while a meeting has only begun.
+        bytes: of a "sending" line: size of what is to be sent, 0 for a meeting; of the line that follows: what has
+            left, which for a vector that goes on after a cut is less, or more if some was sent twice.
         sha256: of what is sent; empty while a meeting has only begun.
         to: address and identity of the aggregator.
         base: digest of the base model, where it concerns one.

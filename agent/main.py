@@ -5,6 +5,7 @@ What needs torchvision is imported after the preflight: it takes seconds, and wh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,14 @@ from google.protobuf.json_format import MessageToDict, Parse
 from agent import preflight
 from agent.metrics import Metrics
 from agent.settings import AgentSettings
-from agent.site import Site, connect, open_site
+from agent.site import Site, connect, only_agent, open_site
 from agent.upload import upload
 from datavector.console import progress, say
 from datavector.data.records import Record, assign_splits
 from datavector.errors import DataVectorError, Interrupted, Unreachable
 from datavector.files import write_json
 from datavector.model import BaseModel
+from datavector.monitoring import serve_metrics
 from datavector.vector import write_vector
 from datavector.wire.v1.exchange_pb2 import PolicyInfo, VectorInfo
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from agent.train import EpochReport
     from datavector.data.images import ImageSet
 
-VECTOR, VECTOR_INFO = "vector.safetensors", "vector.json"
+VECTOR, VECTOR_INFO, POLICY = "vector.safetensors", "vector.json", "policy.json"
 
 
 @dataclass(frozen=True)
@@ -47,48 +49,71 @@ def run(settings: AgentSettings, *, once: bool) -> None:
     Raises:
         DataVectorError: a check failed, or the aggregator refuses the vector.
     """
-    with open_site(settings) as site:
-        ready = _prepare(site)
-        vector = train_vector(site, ready)
-        deliver(site, vector)
-        if not once:
-            serve_tasks(site, ready, until_stopped=True)
+    _check_this_machine(settings)
+    with only_agent(settings.state), open_site(settings) as site:
+        if settings.metrics_port:
+            serve_metrics(site.metrics.registry, settings.metrics_port)
+        try:
+            ready = _prepare(site, partial(_policy, site))
+            vector = train_vector(site, ready)
+            deliver(site, vector)
+            if not once:
+                serve_tasks(site, ready, until_stopped=True)
+        except Interrupted as stopped:
+            if once:
+                raise
+            say(f"{stopped.message}; {stopped.remedy}")  # an orderly end of what otherwise has none
 
 
 def serve_waiting_tasks(settings: AgentSettings) -> None:
     """Serves the tasks that are waiting, and leaves."""
-    with open_site(settings) as site:
-        serve_tasks(site, _prepare(site), until_stopped=False)
+    _check_this_machine(settings)
+    with only_agent(settings.state), open_site(settings) as site:
+        serve_tasks(site, _prepare(site, partial(_policy, site)), until_stopped=False)
 
 
-def preflight_only(settings: AgentSettings) -> None:
-    """Checks everything and starts nothing."""
-    with open_site(settings) as site:
-        _prepare(site)
+def check(settings: AgentSettings) -> None:
+    """Checks everything and starts nothing; an aggregator that does not answer at once has failed its check."""
+    _check_this_machine(settings)
+    with open_site(settings, patience_seconds=0) as site:
+        _prepare(site, partial(preflight.aggregator, settings, site.client))
     say("ready")
 
 
 # --- The steps ------------------------------------------------------------------------------------------------
 
 
-def _prepare(site: Site) -> Ready:
-    """Runs every check, fetches the base model, and reads the list of images.
+def _check_this_machine(settings: AgentSettings) -> None:
+    """Runs the checks for which nobody else is needed.
 
     Raises:
         DataVectorError: the first check that failed; all of them were shown.
     """
-    settings, checks = site.settings, preflight.Preflight(say)
+    checks = preflight.Preflight(say)
     checks.check("certificate", partial(preflight.certificate, settings))
     checks.check("device", partial(preflight.device, settings))
-    policy = _policy(site)
-    say(f"ok    aggregator   {settings.aggregator}, policy {policy.name}: {policy.waiting_for}")
-    base, records = None, None
-    if checks.check("disk", partial(preflight.disk, settings, policy)):
-        base = checks.check("base model", partial(preflight.base_model, settings, site.client, policy))
-    if base is not None:
-        records = checks.check("data", partial(preflight.data, settings, base))
+    checks.check("state", partial(preflight.state, settings))
     checks.demand()
-    assert base is not None  # noqa: S101  else demand() would have raised
+
+
+def _prepare(site: Site, ask: Callable[[], tuple[PolicyInfo, str]]) -> Ready:
+    """Runs the other checks, fetches the base model, and reads the list of images.
+
+    Args:
+        ask: finds the policy to take part in.
+    Raises:
+        DataVectorError: the first check that failed; all of them were shown.
+    """
+    settings, checks = site.settings, preflight.Preflight(say)
+    policy, base, records = checks.find("aggregator", ask), None, None
+    if policy is not None and checks.check("disk", partial(preflight.disk, settings, policy)):
+        write_json(settings.state / POLICY, MessageToDict(policy))
+        base = checks.find("base model", partial(preflight.base_model, settings, site.client, policy))
+    if base is not None:
+        records = checks.find("data", partial(preflight.data, settings, base))
+    checks.demand()
+    assert policy is not None  # noqa: S101  else demand() would have raised
+    assert base is not None  # noqa: S101
     assert records is not None  # noqa: S101
     return Ready(policy, base, records)
 
@@ -201,16 +226,23 @@ def _known_vector(state: Path) -> VectorInfo | None:
     return Parse(path.read_text(), VectorInfo()) if path.is_file() else None
 
 
-def _policy(site: Site) -> PolicyInfo:
+def _policy(site: Site) -> tuple[PolicyInfo, str]:
     """What the aggregator says of its policy; while it is away, what it said last: training needs nobody."""
-    known = site.settings.state / "policy.json"
+    settings = site.settings
     try:
-        with connect(site.settings, patience_seconds=0) as impatient:
-            policy = preflight.choose_policy(site.settings, impatient)
+        with connect(settings, patience_seconds=0) as impatient:
+            return preflight.aggregator(settings, impatient)
     except Unreachable as error:
-        if known.is_file():
-            say(f"aggregator: {error.message}; going on with the policy that it had last")
-            return Parse(known.read_text(), PolicyInfo())
-        policy = preflight.choose_policy(site.settings, site.client)
-    write_json(known, MessageToDict(policy))
-    return policy
+        if (last := _last_policy(settings)) is not None:
+            return last, f"{error.message}; going on with the policy that it had last"
+        return preflight.aggregator(settings, site.client)
+
+
+def _last_policy(settings: AgentSettings) -> PolicyInfo | None:
+    """The policy at the last start, if it is still the one to take part in."""
+    path = settings.state / POLICY
+    if not path.is_file():
+        return None
+    policy = Parse(path.read_text(), PolicyInfo())
+    fits = settings.policy in (None, policy.name) and settings.base in (None, policy.base_digest)
+    return policy if fits else None

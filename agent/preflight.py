@@ -11,10 +11,10 @@ from agent.client import Client
 from agent.settings import AgentSettings
 from datavector.checks import check_records
 from datavector.data.records import Record, read_records
-from datavector.errors import BaseModelError, DataVectorError, DiskFull, UsageError, WrongHospital
+from datavector.errors import BaseModelError, DataVectorError, DiskFull, ProtocolError, UsageError, WrongHospital
 from datavector.files import fsync_folder
-from datavector.model import BaseModel
-from datavector.wire.certs import CertificateReport, check_certificate
+from datavector.model import FILES, BaseModel
+from datavector.wire.certs import check_certificate
 from datavector.wire.v1.exchange_pb2 import PolicyInfo
 
 # Checkpoints hold weights and two optimiser moments, for the last and the best epoch; then come base and vector.
@@ -32,8 +32,12 @@ class Preflight:
         self._show = show
         self.error: DataVectorError | None = None
 
-    def check(self, name: str, work: Callable[[], tuple[Found, str]]) -> Found | None:
-        """Runs one check: `work` returns what it found and what is good about it, or raises what is not.
+    def check(self, name: str, work: Callable[[], str]) -> bool:
+        """Runs one check: `work` returns what is good, or raises what is not. Returns whether it passed."""
+        return self.find(name, lambda: (True, work())) is not None
+
+    def find(self, name: str, work: Callable[[], tuple[Found, str]]) -> Found | None:
+        """Runs a check that is there to find something, too.
 
         Returns:
             What was found, or None where the check failed.
@@ -53,33 +57,33 @@ class Preflight:
             raise self.error
 
 
-def certificate(settings: AgentSettings) -> tuple[CertificateReport, str]:
+def certificate(settings: AgentSettings) -> str:
     """The certificate is valid, of the authority, and speaks for this hospital."""
     tls = settings.tls
     report = check_certificate(tls.certificate, tls.key, tls.ca)
     if report.hospital != settings.hospital:
         raise WrongHospital(certificate=report.hospital or "the aggregator", claimed=settings.hospital)
     days = report.days_left()
-    return report, f"speaks for {report.hospital}, valid for {days} days{'; renew it soon' * (days < WARN_DAYS)}"
+    return f"speaks for {report.hospital}, valid for {days} days{'; renew it soon' * (days < WARN_DAYS)}"
 
 
-def device(settings: AgentSettings) -> tuple[str, str]:
+def device(settings: AgentSettings) -> str:
     """The device that training will use."""
     import torch
 
     if torch.cuda.is_available() and settings.training.device != "cpu":
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        return "cuda", f"{len(names)} x {names[0]}"
+        return f"{len(names)} x {names[0]}"
     if settings.training.device == "cuda":
         raise UsageError(
             "training.device is cuda, but no GPU is visible",
             remedy="give the container a GPU (docker run --gpus all), or set training.device = 'auto'",
         )
-    return "cpu", f"CPU, {os.cpu_count()} cores"
+    return f"CPU, {os.cpu_count()} cores"
 
 
-def disk(settings: AgentSettings, policy: PolicyInfo) -> tuple[int, str]:
-    """The state folder can be written and holds what training leaves there."""
+def state(settings: AgentSettings) -> str:
+    """The state folder is there and can be written."""
     try:
         settings.state.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,17 +92,23 @@ def disk(settings: AgentSettings, policy: PolicyInfo) -> tuple[int, str]:
         ) from error
     if not os.access(settings.state, os.W_OK):
         raise UsageError(f"{settings.state} is not writable", remedy="mount it writable for this user")
+    return str(settings.state)
+
+
+def disk(settings: AgentSettings, policy: PolicyInfo) -> str:
+    """The state folder has room for what training leaves there."""
     needed = BASE_SIZES_ON_DISK * sum(file.size for file in policy.base_files)
     free = shutil.disk_usage(settings.state).free
     if free < needed:
         raise DiskFull(settings.state, needed=needed)
-    return free, f"{free / 2**30:.1f} GiB free, about {needed / 2**30:.1f} GiB needed"
+    return f"{free / 2**30:.1f} GiB free, about {needed / 2**30:.1f} GiB needed"
 
 
-def choose_policy(settings: AgentSettings, client: Client) -> PolicyInfo:
+def aggregator(settings: AgentSettings, client: Client) -> tuple[PolicyInfo, str]:
     """The aggregator's policy that this hospital takes part in.
 
     Raises:
+        Unreachable: nobody answers for as long as the client is patient.
         UsageError: there is none, or several and the settings name none of them.
         BaseModelError: it merges another base model than the pinned one.
         WrongHospital: the aggregator takes the certificate for another hospital.
@@ -120,13 +130,18 @@ def choose_policy(settings: AgentSettings, client: Client) -> PolicyInfo:
         raise BaseModelError(
             f"policy {policy.name} has no base model yet", remedy="ask the aggregation site to import it"
         )
-    return policy
+    return policy, f"{settings.aggregator}, policy {policy.name}: {policy.waiting_for}"
 
 
 def base_model(settings: AgentSettings, client: Client, policy: PolicyInfo) -> tuple[BaseModel, str]:
     """The base model by digest: from the cache, else from the aggregator."""
     digest = policy.base_digest
     folder = settings.state / "bases" / digest.removeprefix("sha256:")
+    if sorted(file.name for file in policy.base_files) != sorted(FILES):
+        raise ProtocolError(
+            f"policy {policy.name} announces a base model of other files than {' and '.join(FILES)}",
+            remedy="do not trust it: ask the aggregation site",
+        )
     where = "cached"
     if not folder.is_dir():
         where = "fetched"

@@ -62,12 +62,37 @@ def recalibrate(
     Args:
         max_images: most images used; memory may allow fewer. A choice is made at random, by `seed`.
     """
+    chosen = images_in_memory(network, base, image_set, max_images=max_images, seed=seed, device=device)
+    return measure(network, base, chosen, exchange, device=device)
+
+
+def images_in_memory(
+    network: nn.Module,
+    base: BaseModel,
+    image_set: ImageSet,
+    *,
+    max_images: int,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """The images of a pass: uint8, shape (images, 3, size, size), as many as memory allows now."""
     device = torch.device(device)
-    network = network.to(device).eval()
-    chosen = choose_images(len(image_set), min(max_images, affordable_images(network, base, device)), seed)
-    inputs = preprocess(image_set.images[chosen].to(device), base.input)
-    moments, logits = forward_with_moments(network, inputs, exchange)
-    return Recalibration(moments, logits.float().cpu(), len(chosen))
+    limit = min(max_images, affordable_images(network.to(device), base, device))
+    return image_set.images[choose_images(len(image_set), limit, seed)]
+
+
+def measure(
+    network: nn.Module,
+    base: BaseModel,
+    images: torch.Tensor,
+    exchange: Exchange,
+    *,
+    device: torch.device | str = "cpu",
+) -> Recalibration:
+    """One pass over just these images, uint8, shape (images, 3, size, size)."""
+    inputs = preprocess(images.to(device), base.input)
+    moments, logits = forward_with_moments(network.to(device), inputs, exchange)
+    return Recalibration(moments, logits.float().cpu(), len(images))
 
 
 def own_statistics(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -11,13 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from agent.client import Client, Credentials
+from agent.client import Client, Credentials, inside
 from agent.ledger import Ledger, read_ledger
 from agent.metrics import Metrics
 from agent.settings import AgentSettings
 from datavector.console import progress, say
 from datavector.errors import UsageError
-from datavector.monitoring import serve_metrics
+from datavector.files import fsync_folder, remove_leftovers
 
 LEDGER = "ledger.jsonl"
 
@@ -33,17 +35,19 @@ class Site:
 
 
 @contextmanager
-def open_site(settings: AgentSettings) -> Iterator[Site]:
-    """Connects, and makes SIGTERM and SIGINT end the work at the next safe point, with exit code 0."""
+def open_site(settings: AgentSettings, *, patience_seconds: float | None = None) -> Iterator[Site]:
+    """Connects, and makes SIGTERM and SIGINT end the work at the next safe point, with Interrupted.
+
+    Args:
+        patience_seconds: how long calls keep trying; None for ever.
+    """
     metrics = Metrics()
-    if settings.metrics_port:
-        serve_metrics(metrics.registry, settings.metrics_port)
 
     def wait(sentence: str) -> None:
         metrics.retries.inc()
         say(sentence)
 
-    client = connect(settings, patience_seconds=None, on_waiting=wait)
+    client = connect(settings, patience_seconds=patience_seconds, on_waiting=wait)
     site = Site(settings, client, metrics)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
@@ -54,6 +58,22 @@ def open_site(settings: AgentSettings) -> Iterator[Site]:
         signal.signal(number, stop)
     with client:
         yield site
+
+
+@contextmanager
+def only_agent(state: Path) -> Iterator[None]:
+    """Makes this the one agent that works in a state folder, and removes what killed ones left half-written.
+
+    Raises:
+        UsageError: another one does.
+    """
+    with (state / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"another agent uses the state folder {state}", remedy="stop it first") from error
+        remove_leftovers(state)
+        yield
 
 
 def connect(
@@ -78,23 +98,47 @@ def withdraw(settings: AgentSettings, *, base_digest: str, reason: str) -> None:
     say(f"revoked: {', '.join(reply.revoked_versions) or 'no version contained it'}")
 
 
-def fetch_release(settings: AgentSettings, output: Path) -> None:
-    """Downloads the newest Ready release into the folder `output`.
+def fetch_release(settings: AgentSettings, output: Path, verify: Callable[[Path], None]) -> None:
+    """Downloads the newest Ready release into the folder `output`, in place of an older one.
 
+    It is gathered beside `output` and takes its place when it is whole and verified; cut off, it goes on from there.
+
+    Args:
+        verify: raises what is wrong with a release folder.
     Raises:
         UsageError: the folder holds something else.
         NotReady: there is none.
     """
+    output = output.resolve()
+    _demand_replaceable(output)
+    partial, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
     with open_site(settings) as site:
         release = site.client.describe_release(settings.policy or "")
-        names = {file.name for file in release.files}
-        strange = [path for path in output.rglob("*") if path.is_file() and str(path.relative_to(output)) not in names]
-        if strange:
-            raise UsageError(f"{output} holds other files ({strange[0].name})", remedy="give an empty folder")
+        targets = {inside(partial, file.name): file for file in release.files}
         with progress(f"release {release.version}") as show:
-            for file in release.files:
-                site.client.fetch(file, output / file.name, release=release.version, on_progress=show)
+            for target, file in targets.items():
+                site.client.fetch(file, target, release=release.version, on_progress=show)
+    for path in partial.rglob("*"):
+        if path.is_file() and path not in targets:  # of another version, which was cut off
+            path.unlink()
+    verify(partial)
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    fsync_folder(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
     say(f"{output}: {release.version}")
+
+
+def _demand_replaceable(output: Path) -> None:
+    """A folder may be replaced if it is empty, or a release with nothing else in it."""
+    sums = output / "SHA256SUMS"
+    listed = {line.partition("  ")[2] for line in sums.read_text().splitlines()} if sums.is_file() else set()
+    held = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+    if output.is_file() or (strange := sorted(held - listed - {sums.name})):
+        example = output.name if output.is_file() else strange[0]
+        raise UsageError(f"{output} holds other files ({example})", remedy="give an empty folder")
 
 
 def print_ledger(state: Path, *, as_json: bool) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
-from agent.client import Client
+from agent.client import Client, inside
 from agent.metrics import Metrics
-from agent.recalibrate import affordable_images, recalibrate
+from agent.recalibrate import images_in_memory, measure
 from agent.settings import AgentSettings
 from agent.train import choose_device
 from datavector.data.images import ImageSet
@@ -18,6 +18,7 @@ from datavector.model import BaseModel
 from datavector.networks import build, load_file
 from datavector.wire.v1.exchange_pb2 import TASK_KIND_RECALIBRATE_MEETING, TASK_KIND_RECALIBRATE_VISIT, Task
 
+FOLDER, SUFFIX = "tasks", ".safetensors"  # of merged weights, in the state folder
 KINDS = {TASK_KIND_RECALIBRATE_VISIT: "visit", TASK_KIND_RECALIBRATE_MEETING: "meeting"}
 
 
@@ -43,8 +44,9 @@ class TaskServer:
             Seconds after which it is worth asking again.
         """
         reply = self.client.list_tasks()
-        for task in reply.tasks:
-            self._serve(task)
+        self._forget_all_but({task.version for task in reply.tasks})
+        for task in sorted(reply.tasks, key=lambda task: task.kind == TASK_KIND_RECALIBRATE_MEETING):
+            self._serve(task)  # visits first: they wait for nobody
         return float(reply.poll_seconds)
 
     def _serve(self, task: Task) -> None:
@@ -65,22 +67,27 @@ class TaskServer:
 
     def _recalibrate(self, task: Task, kind: str) -> int:
         """One forward pass over the hospital's images with the merged weights; returns how many were used."""
-        weights = self.settings.state / "tasks" / f"{task.version}.safetensors"
+        weights = inside(self.settings.state / FOLDER, f"{task.version}{SUFFIX}")
         self.client.fetch(task.weights, weights, task_id=task.id)
-        network, images, device = build(self.base), self.load_images(), choose_device(self.settings.training.device)
+        network, device = build(self.base), choose_device(self.settings.training.device)
         load_file(network, weights, self.base.layout)
-        network.to(device)
-        count = min(len(images), self.settings.tasks.max_images, affordable_images(network, self.base, device))
-        measure = partial(recalibrate, network, self.base, images, max_images=count, device=device)
+        most = self.settings.tasks.max_images
+        images = images_in_memory(network, self.base, self.load_images(), max_images=most, device=device)
         if kind == "meeting":
-            with self.client.meet(task, images=count) as meeting:
-                measure(meeting.pool)
+            with self.client.meet(task, images=len(images)) as meeting:
+                measure(network, self.base, images, meeting.pool, device=device)
         else:
             others = self.client.begin_visit(task)
-            result = measure(partial(pooled_with, others))
-            self.client.complete_visit(task, result.moments, images=count)
+            result = measure(network, self.base, images, partial(pooled_with, others), device=device)
+            self.client.complete_visit(task, result.moments, images=result.images)
         weights.unlink()
-        return count
+        return len(images)
+
+    def _forget_all_but(self, versions: Collection[str]) -> None:
+        """Removes weights, also half-fetched ones, of versions that no task names any more."""
+        for path in (self.settings.state / FOLDER).glob("*"):
+            if path.name.removeprefix(".").partition(SUFFIX)[0] not in versions:
+                path.unlink()
 
 
 def pooled_with(others: dict[str, Moments], layer: str, own: Moments) -> Moments:

@@ -31,7 +31,7 @@ from torchvision.transforms import v2
 
 from agent.recalibrate import own_statistics
 from datavector.data.images import ImageSet
-from datavector.errors import DataVectorError, Interrupted, NoImages, NotFinite, UsageError
+from datavector.errors import DataVectorError, Interrupted, NoImages, NotFinite, TrainingFailed, UsageError
 from datavector.files import atomic_write, canonical_json, write_json
 from datavector.layout import FloatArray, TensorFile, write_tensors
 from datavector.metrics import Confusion, accuracy, balanced_accuracy, confusion_matrix
@@ -48,10 +48,6 @@ WORKERS = 4
 ABSENT = 1e-9
 BATCHNORM_IMAGES = 1024  # most images over which the tuned model's statistics are measured
 EVALUATION_BATCH = 64
-
-
-class TrainingFailed(DataVectorError):
-    """One of several training processes ended with an error of its own."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from agent.client import Client, Progress
@@ -14,7 +14,7 @@ def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progres
     """Uploads the vector file `path` as `info` describes it.
 
     Every try asks for the durable offset first, so after a cut only what was in flight is sent again. The same vector
-    once more is answered at once.
+    once more is answered at once, without a line in the ledger; else the ledger tells the bytes that really left.
 
     Returns:
         The vector's name at the aggregator.
@@ -25,25 +25,37 @@ def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progres
         Unreachable: the client's patience is at its end.
         Interrupted: the client was interrupted; calling again goes on from the durable offset.
     """
+    client.server_identity()  # nobody else is told even that there is a vector
+    begun = client.patiently(lambda: client.begin_upload(info))
+    if begun.committed:
+        return begun.vector
+    sent = 0
+
+    def on_chunk(size: int, offset: int) -> None:
+        nonlocal sent
+        sent += size
+        sending.measured(bytes=sent, sha256=info.sha256)
+        if on_progress:
+            on_progress(offset, info.size)
 
     def attempt() -> str:
         begun = client.begin_upload(info)
         if begun.committed:
             return str(begun.vector)
-        return client.send_upload(_messages(path, info, begun.offset, on_progress)).vector
+        return client.send_upload(_messages(path, info, begun.offset, on_chunk)).vector
 
-    with client.sending_vector(info):
+    with client.sending_vector(info) as sending:
+        sending.measured(bytes=0, sha256=info.sha256)
         return client.patiently(attempt)
 
 
-def _messages(path: Path, info: VectorInfo, offset: int, on_progress: Progress | None) -> Iterator[bytes]:
-    """open, chunk*, final: serialised, from `offset` on."""
+def _messages(path: Path, info: VectorInfo, offset: int, on_chunk: Callable[[int, int], None]) -> Iterator[bytes]:
+    """open, chunk*, final: serialised, from `offset` on. `on_chunk` takes each chunk's size and end."""
     yield UploadRequest(open=UploadOpen(vector=info, offset=offset)).SerializeToString()
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         while chunk := file.read(CHUNK):
-            yield frame_chunk(chunk)
             offset += len(chunk)
-            if on_progress:
-                on_progress(offset, info.size)
+            on_chunk(len(chunk), offset)
+            yield frame_chunk(chunk)
     yield UploadRequest(final=UploadFinal(size=info.size, sha256=info.sha256)).SerializeToString()

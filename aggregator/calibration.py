@@ -87,8 +87,14 @@ class Calibrations:
         raise _not_waiting(hospital, task_id)
 
     def pooled(self, hospital: str, task_id: str) -> dict[str, Moments]:
-        """What the other hospitals left, pooled, by layer; empty before the first of them."""
+        """What the other hospitals left, pooled, by layer; empty before the first of them.
+
+        Raises:
+            NotFound: the task does not wait for this hospital (any more).
+            ProtocolError: it is a meeting.
+        """
         calibration = self.offer(hospital, task_id).calibration
+        _demand_visits(calibration)
         others = [visit.moments for visit in self._store.visits(calibration.version) if visit.hospital != hospital]
         return pool_layers(others)
 
@@ -111,8 +117,9 @@ class Calibrations:
 
         Raises:
             NotFound: the task is no longer wanted.
-            ProtocolError: layers are missing, or no image was used.
+            ProtocolError: it is a meeting, layers are missing, or no image was used.
         """
+        _demand_visits(self.calibration(hospital, task_id))
         if not self._is_done(hospital, task_id):
             offer = self.offer(hospital, task_id)
             if missing := sorted(set(base.batchnorm_layers) - set(moments)):
@@ -121,7 +128,8 @@ class Calibrations:
                 )
             if images < 1:
                 raise ProtocolError("a visit used no image", remedy="check the images and visit again")
-            self._save(offer.calibration, [Visit(hospital, images, offer.round, moments)])
+            self._store.save_visit(offer.calibration.version, Visit(hospital, images, offer.round, moments))
+            self._saved(offer.calibration, 1)
         return self._waiting_for(task_id)
 
     async def meet(self, hospital: str, offer: Offer, base: BaseModel, images: int, read: Read, write: Write) -> None:
@@ -136,7 +144,7 @@ class Calibrations:
                 idle_timeout_seconds=self._idle_timeout,
                 poll_seconds=self._poll,
                 wanted=lambda: calibration in self._store.open_calibrations(),
-                save=lambda visits: self._save(calibration, visits),
+                save=lambda visits: self._save_meeting(calibration, visits),
             )
         try:
             await room.attend(hospital, images, read, write)
@@ -150,10 +158,12 @@ class Calibrations:
         done = self._store.rounds(self.calibration(hospital, task_id).version)
         return number.isdecimal() and 0 < int(number) <= done.get(hospital, 0)
 
-    def _save(self, calibration: OpenCalibration, visits: list[Visit]) -> None:
-        for visit in visits:
-            self._store.save_visit(calibration.version, visit)
-            self._metrics.visits.labels(calibration.mode).inc()
+    def _save_meeting(self, calibration: OpenCalibration, visits: list[Visit]) -> None:
+        self._store.save_meeting(calibration.version, visits)
+        self._saved(calibration, len(visits))
+
+    def _saved(self, calibration: OpenCalibration, visits: int) -> None:
+        self._metrics.visits.labels(calibration.mode).inc(visits)
         self._wake()
 
     def _waiting_for(self, task_id: str) -> str:
@@ -164,6 +174,11 @@ class Calibrations:
                 missing = [name for name in calibration.hospitals if done.get(name, 0) < int(number)]
                 return f"round {number}: waiting for {', '.join(missing)}" if missing else f"round {number} is complete"
         return f"{version} waits for nobody"
+
+
+def _demand_visits(calibration: OpenCalibration) -> None:
+    if calibration.mode == CalibrationMode.MEETING:
+        raise ProtocolError(f"{calibration.version!r} is calibrated in a meeting", remedy="ask for tasks again")
 
 
 def _not_waiting(hospital: str, task_id: str) -> NotFound:

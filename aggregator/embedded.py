@@ -34,14 +34,14 @@ from aggregator.reconcile import (
 )
 from aggregator.registry import Registry
 from aggregator.resources import MergePolicy, ModelVersion, utc_now
-from aggregator.store import OpenCalibration, Store
+from aggregator.store import OpenCalibration, Store, find_bases
 from datavector.errors import DataVectorError
 
 log = logging.getLogger(__name__)
 
 STAGES: tuple[Stage, ...] = ("merge", "release")
 SETTLE_ROUNDS = 100
-PAUSE_SECONDS = 10  # after a full disk or the like: the receiver, and so withdrawals, must not end with it
+PAUSE_SECONDS = 10  # after a full disk or the like
 
 
 class Reconciler:
@@ -57,7 +57,7 @@ class Reconciler:
         self.on_settled = on_settled
         self._changed = asyncio.Event()
         self._jobs: dict[str, asyncio.Task[None]] = {}
-        self._bases = {base.digest: base for base in store.bases()}
+        self._bases = store.bases()
 
     def wake(self) -> None:
         """Something changed: look again soon."""
@@ -70,8 +70,9 @@ class Reconciler:
                 self._changed.clear()
                 try:
                     next_time = self.reconcile()
-                except (DataVectorError, OSError) as error:
-                    log.error("%s; trying again in %d seconds", error, PAUSE_SECONDS)
+                except Exception as error:  # withdrawals must still arrive, so nothing here ends the receiver
+                    foreseen = isinstance(error, (DataVectorError, OSError))
+                    log.error("%s; trying again in %d seconds", error, PAUSE_SECONDS, exc_info=not foreseen)
                     next_time = utc_now() + timedelta(seconds=PAUSE_SECONDS)
                 timeout = None if next_time is None else max((next_time - utc_now()).total_seconds(), 0.0)
                 try:
@@ -134,9 +135,8 @@ class Reconciler:
         )
 
     def _base(self, policy: MergePolicy) -> Base | None:
-        reference = policy.spec.base_model_ref
-        for base in self._bases.values():
-            if reference in (base.digest, base.name):
+        match find_bases(self._bases, policy.spec.base_model_ref):
+            case [base]:
                 return Base(base.digest, has_batchnorm=bool(base.batchnorm_layers))
         return None
 
@@ -172,8 +172,12 @@ class Reconciler:
         self._jobs[name].add_done_callback(lambda _: self._job_ended(name))
 
     async def _run_job(self, name: str, stage: Stage) -> None:
-        if message := await run_job(self.store.root, name, stage):
-            self._record_failure(name, stage, message)
+        try:
+            if message := await run_job(self.store.root, name, stage):
+                self._record_failure(name, stage, message)
+        except Exception:  # the failure is not on record, so nothing else keeps the job from starting again at once
+            log.exception("%s: %s could not be run; trying again in %d seconds", name, stage, PAUSE_SECONDS)
+            await asyncio.sleep(PAUSE_SECONDS)
 
     def _job_ended(self, name: str) -> None:
         del self._jobs[name]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import sqlite3
 from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import grpc
 
 from aggregator.metrics import Metrics
 from aggregator.resources import utc_now
-from datavector.errors import CertificateError, DataVectorError, Denied, DiskFull
+from datavector.errors import CertificateError, DataVectorError, Denied, DiskFull, TryAgain
 from datavector.wire.certs import CertificateReport, read_report
 from datavector.wire.status import status_code, trailers
 
@@ -56,9 +56,7 @@ class Gate:
             with self._metrics.running_calls.labels(method).track_inprogress():
                 try:
                     return await behaviour(request, Call(self._admit(context.auth_context()), context))
-                except (DataVectorError, TimeoutError, OSError) as error:
-                    await self._refuse(method, error, context)
-                except (asyncio.CancelledError, grpc.aio.AbortError):
+                except grpc.aio.AbortError:
                     raise
                 except Exception as error:
                     await self._refuse(method, error, context)
@@ -99,13 +97,12 @@ def _outward(method: str, error: Exception) -> DataVectorError:
         outward.args = ("the aggregator's disk is full; nothing of this call was kept",)
         outward.message, outward.remedy = outward.args[0], "tell the aggregation site, and run it again later"
         return outward
-    if isinstance(error, DataVectorError):
+    if isinstance(error, DataVectorError) and not isinstance(error.__cause__, sqlite3.Error):
         log.info("%s refused: %s", method, error)
         return error
     log.error("%s failed", method, exc_info=error)
-    return DataVectorError(
-        "the aggregator failed on this call", remedy="tell the aggregation site; its log has the cause"
-    )
+    kind = TryAgain if isinstance(error, TryAgain) else DataVectorError
+    return kind("the aggregator failed on this call", remedy="tell the aggregation site; its log has the cause")
 
 
 class DenyList:

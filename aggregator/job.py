@@ -126,11 +126,13 @@ def calibrate(store: Store, version: ModelVersion, base: BaseModel) -> tuple[dic
 
 
 def _described(mode: CalibrationMode, visits: list[Visit]) -> dict[str, Any]:
+    least, most = (bound(visit.rounds for visit in visits) for bound in (min, max))
+    rounds = f"{least}" if least == most else f"{least} to {most}"
     return {
         "mode": mode.value,
         "hospitals": [visit.hospital for visit in visits],
         "images": sum(visit.images for visit in visits),
-        "note": f"{max(visit.rounds for visit in visits)} visit(s) a hospital" if mode is CalibrationMode.VISIT else "",
+        "note": f"{rounds} visit(s) a hospital" if mode is CalibrationMode.VISIT else "",
     }
 
 

@@ -22,6 +22,7 @@ from aggregator.settings import AggregatorSettings
 from aggregator.store import Store
 from datavector.console import say
 from datavector.errors import UsageError
+from datavector.files import remove_leftovers
 from datavector.merge import choose
 from datavector.monitoring import serve_metrics
 
@@ -43,11 +44,12 @@ def run(settings: AggregatorSettings) -> None:
     for policy in policies:
         choose(policy.spec.method.name, policy.spec.method.parameters)
     store = Store(settings.store)
-    if settings.base is not None:
-        store.import_base(settings.base)
-    for policy in policies:
-        store.base(policy.spec.base_model_ref)
     with _alone(store):
+        remove_leftovers(store.root)
+        if settings.base is not None:
+            store.import_base(settings.base)
+        for policy in policies:
+            store.base(policy.spec.base_model_ref)
         registry = SqliteRegistry(store.root / REGISTRY)
         registry.set_policies(policies)
         try:
@@ -122,14 +124,17 @@ def _receiver_settings(settings: AggregatorSettings) -> ReceiverSettings:
 def print_status(root: Path) -> None:
     """Prints vectors, versions and what the policies wait for, from the store of a running or stopped aggregator.
 
+    Nothing is written. Vectors and versions come in the order in which they were recorded.
+
     Raises:
         UsageError: there is no registry in that folder.
+        TryAgain: the registry cannot be read.
     """
     if not (root / REGISTRY).is_file():
         raise UsageError(
             f"{root} holds no {REGISTRY}", remedy="give the folder that `datavector aggregator --store` has"
         )
-    store, registry = Store(root), SqliteRegistry(root / REGISTRY)
+    store, registry = Store(root, read_only=True), SqliteRegistry(root / REGISTRY, read_only=True)
     console = Console()
     vectors = Table("vector", "hospital", "sequence", "images", "stored", "consent", "erased", title="Data vectors")
     for vector in registry.vectors():
@@ -139,7 +144,7 @@ def print_status(root: Path) -> None:
             f"{status.stored_at:%Y-%m-%d %H:%M:%SZ}", spec.consent.value, "yes" if status.erased_at else "no",
         )  # fmt: skip
     versions = Table("version", "hospitals", "method", "phase", "calibration", "message", title="Model versions")
-    for version in sorted(registry.versions(), key=lambda version: version.status.phase.value):
+    for version in registry.versions():
         versions.add_row(*_version_row(version))
     console.print(vectors, versions)
     reconciler = Reconciler(store, registry, lambda _: None)

@@ -128,6 +128,7 @@ class Receiver:
             store,
             registry,
             self.metrics,
+            wake,
             idle_timeout_seconds=settings.idle_timeout_seconds,
             max_open=settings.max_uploads_per_hospital,
             max_kept=settings.max_vectors_per_hospital,
@@ -233,7 +234,11 @@ class Receiver:
                 f"policy {policy!r} has no Ready version" + (f" ({waiting_for})" if waiting_for else ""),
                 remedy="try again later",
             )
-        return DescribeReleaseReply(version=version.name, files=await _infos(self._release_files(version.name)))
+        try:
+            files = await _infos(self._release_files(version.name))
+        except FileNotFoundError:
+            raise NotReady(f"{version.name!r} was revoked just now", remedy="try again") from None
+        return DescribeReleaseReply(version=version.name, files=files)
 
     async def _fetch(self, request: FetchRequest, call: Call) -> None:
         path = await self._source(request, call.hospital)
@@ -294,7 +299,7 @@ class Receiver:
         return max(ready, key=lambda version: (version.status.ready_at, version.name), default=None)
 
     def _only_policy(self) -> str:
-        names = [policy.name for policy in self.registry.policies()]
+        names = sorted(policy.name for policy in self.registry.policies())
         if len(names) != 1:
             raise NotFound(f"there are {len(names)} policies: {', '.join(names)}", remedy="name one: --policy NAME")
         return names[0]
@@ -321,7 +326,6 @@ class Receiver:
             raise ProtocolError("an upload did not begin with its announcement", remedy="send open, chunks, final")
         arrival = await self._arrival(first.open.vector, call.hospital)
         vector = await self._uploads.receive(arrival, first.open.offset, call.read)
-        self._wake()
         return UploadReply(vector=vector.name)
 
     async def _arrival(self, info: VectorInfo, hospital: str) -> Arrival:
@@ -350,6 +354,10 @@ class Receiver:
         tasks = []
         for offer in self._calibrations.offers(call.hospital):
             merged = self.store.merged(offer.calibration.version)
+            try:
+                (weights,) = await _infos({merged.name: merged})
+            except FileNotFoundError:
+                continue  # the version was erased while its weights were read
             kind = TaskKind.TASK_KIND_RECALIBRATE_MEETING if offer.is_meeting else TaskKind.TASK_KIND_RECALIBRATE_VISIT
             tasks.append(
                 Task(
@@ -357,7 +365,7 @@ class Receiver:
                     kind=kind,
                     version=offer.calibration.version,
                     base_digest=offer.calibration.base_digest,
-                    weights=(await _infos({merged.name: merged}))[0],
+                    weights=weights,
                     round=offer.round,
                 )
             )
@@ -469,7 +477,11 @@ def _part(message: Any, name: str) -> Any:
 
 
 async def _infos(files: dict[str, Path]) -> list[FileInfo]:
-    """Size and digest of files, by name."""
+    """Name, size and digest of files.
+
+    Raises:
+        FileNotFoundError: one was erased meanwhile.
+    """
     infos = []
     for name, path in files.items():
         status = path.stat()

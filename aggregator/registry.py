@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 from aggregator.reconcile import withdraw
 from aggregator.resources import DataVector, MergePolicy, ModelVersion, Phase, Resource, utc_now
-from datavector.errors import DiskFull
+from datavector.errors import DiskFull, TryAgain
 
 AnyResource = TypeVar("AnyResource", bound=Resource)
 
@@ -51,17 +51,24 @@ class Registry(Protocol):
 
 
 class SqliteRegistry:
-    """Objects as JSON rows of one table; a change is on disk before the call returns."""
+    """Objects as JSON rows of one table; a change is on disk before the call returns.
 
-    def __init__(self, path: Path) -> None:
+    Every list is in the order in which its objects were recorded. Every method raises TryAgain where the file cannot
+    be read or written.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self._path = path
         self._lock = threading.Lock()
-        self._connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._connection.execute("PRAGMA journal_mode = WAL")
-        self._connection.execute("PRAGMA synchronous = FULL")
-        self._connection.execute(
-            "CREATE TABLE IF NOT EXISTS objects (kind TEXT, name TEXT, body TEXT NOT NULL, PRIMARY KEY (kind, name))"
-        )
+        with self._faults_named():
+            self._connection = _read_only(path) if read_only else _connect(str(path))
+            if not read_only:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute("PRAGMA synchronous = FULL")
+                self._connection.execute(
+                    "CREATE TABLE IF NOT EXISTS objects "
+                    "(kind TEXT, name TEXT, body TEXT NOT NULL, PRIMARY KEY (kind, name))"
+                )
 
     def policies(self) -> list[MergePolicy]:
         return self._list(MergePolicy)
@@ -101,18 +108,25 @@ class SqliteRegistry:
     @contextmanager
     def _transaction(self) -> Iterator[None]:
         """All or nothing, and nobody else writes meanwhile, in this process or another."""
-        with self._lock:
-            try:
-                self._connection.execute("BEGIN IMMEDIATE")
-                with self._connection:
-                    yield
-            except sqlite3.OperationalError as error:
-                if error.sqlite_errorcode == sqlite3.SQLITE_FULL:
-                    raise DiskFull(self._path) from error
-                raise
+        with self._lock, self._faults_named():
+            self._connection.execute("BEGIN IMMEDIATE")
+            with self._connection:
+                yield
+
+    @contextmanager
+    def _faults_named(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL:
+                raise DiskFull(self._path) from error
+            raise TryAgain(
+                f"the registry {self._path} cannot be used ({error})",
+                remedy="if this stays, look at the aggregator's disk and the file's permissions",
+            ) from error
 
     def _list(self, kind: type[AnyResource]) -> list[AnyResource]:
-        with self._lock:
+        with self._lock, self._faults_named():
             return self._all(kind)
 
     def _add(self, resource: AnyResource) -> AnyResource:
@@ -133,7 +147,7 @@ class SqliteRegistry:
     # --- Inside a transaction, or with the lock held
 
     def _all(self, kind: type[AnyResource]) -> list[AnyResource]:
-        rows = self._connection.execute("SELECT body FROM objects WHERE kind = ? ORDER BY name", (kind.kind_name,))
+        rows = self._connection.execute("SELECT body FROM objects WHERE kind = ? ORDER BY rowid", (kind.kind_name,))
         return [kind.parse(json.loads(body)) for (body,) in rows.fetchall()]
 
     def _get(self, resource: AnyResource) -> AnyResource | None:
@@ -148,3 +162,17 @@ class SqliteRegistry:
             "INSERT INTO objects VALUES (?, ?, ?) ON CONFLICT (kind, name) DO UPDATE SET body = excluded.body",
             [(resource.kind_name, resource.name, json.dumps(resource.dump())) for resource in resources],
         )
+
+
+def _connect(database: str, *, uri: bool = False) -> sqlite3.Connection:
+    return sqlite3.connect(database, uri=uri, check_same_thread=False, isolation_level=None)
+
+
+def _read_only(path: Path) -> sqlite3.Connection:
+    """A connection that writes nothing.
+
+    SQLite reads a file in WAL mode with the help of files beside it, which it would make. They are there while
+    somebody has the registry open or was killed; otherwise the file is whole without them.
+    """
+    alone = not path.with_name(f"{path.name}-wal").exists()
+    return _connect(f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if alone else ''}", uri=True)

@@ -12,10 +12,11 @@ Every file is written atomically, so receiver and jobs share nothing but this fo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from datavector.errors import BaseModelError, NotFound
-from datavector.files import BLOCK, atomic_write, fsync_folder, write_json
+from datavector.files import BLOCK, atomic_write, fsync_folder, remove_leftovers, write_json
 from datavector.merge.batchnorm import Moments
 from datavector.model import DESCRIPTION, FILES, BaseModel
 
@@ -67,10 +68,11 @@ class Store:
     Every name that becomes part of a path must be plain, wherever it came from; any other is NotFound.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self.root = root
-        for folder in ("bases", "uploads", "blobs", "versions", "releases"):
-            (root / folder).mkdir(parents=True, exist_ok=True)
+        if not read_only:
+            for folder in ("bases", "uploads", "blobs", "versions", "releases"):
+                (root / folder).mkdir(parents=True, exist_ok=True)
 
     # --- base models
 
@@ -92,26 +94,26 @@ class Store:
         return BaseModel.load(target, digest=base.digest)
 
     def bases(self) -> list[BaseModel]:
-        """All base models, sorted by digest; one whose import was cut short is not there yet."""
-        return [BaseModel.load(path.parent) for path in sorted((self.root / "bases").glob(f"*/{DESCRIPTION}"))]
+        """All base models, sorted by digest, by their descriptions; one whose import was cut short is not there yet."""
+        return [BaseModel.describe(path.parent) for path in sorted((self.root / "bases").glob(f"*/{DESCRIPTION}"))]
 
     def base(self, reference: str) -> BaseModel:
-        """The base model of that digest or name.
+        """The base model of that digest or name, verified.
 
         Raises:
-            BaseModelError: none, or several of that name.
+            BaseModelError: none, or several of that name, or it is altered.
         """
         if _DIGEST.fullmatch(reference) and self.base_file(reference, DESCRIPTION):
             return BaseModel.load(self._base(reference), digest=reference)
         bases = self.bases()
-        found = [base for base in bases if reference in (base.digest, base.name)]
+        found = find_bases(bases, reference)
         if len(found) != 1:
             known = ", ".join(f"{base.name} ({base.digest})" for base in bases) or "none"
             raise BaseModelError(
                 f"the store has {len(found)} base models {reference!r}; it has: {known}",
                 remedy="import it with `datavector aggregator --base DIR`, or name its digest",
             )
-        return found[0]
+        return BaseModel.load(found[0].path, digest=found[0].digest)
 
     def base_file(self, digest: str, name: str) -> Path | None:
         path = self._base(digest) / name
@@ -173,14 +175,19 @@ class Store:
             yield OpenCalibration(**{**content, "hospitals": tuple(content["hospitals"])})
 
     def save_visit(self, version: str, visit: Visit) -> None:
-        path = self._path("versions", version, "visits", f"{visit.hospital}.npz")
-        arrays = {
-            f"{kind}:{layer}": getattr(moments, kind)
-            for layer, moments in visit.moments.items()
-            for kind in ("count", "mean", "variance")
-        }
-        with atomic_write(path) as file:
-            np.savez(file, images=visit.images, rounds=visit.rounds, **arrays)
+        _write_visit(self._path("versions", version, "visits", f"{visit.hospital}.npz"), visit)
+
+    def save_meeting(self, version: str, visits: Iterable[Visit]) -> None:
+        """Saves what hospitals left in one meeting: all of it appears at once, in place of whatever was there."""
+        partial = self._path("versions", version, "visits.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for visit in visits:
+            _write_visit(self._path("versions", version, partial.name, f"{visit.hospital}.npz"), visit)
+        target = self.version(version) / "visits"
+        if target.is_dir():
+            shutil.rmtree(target)
+        partial.rename(target)
+        fsync_folder(target.parent)
 
     def visits(self, version: str) -> list[Visit]:
         """Sorted by hospital."""
@@ -203,13 +210,16 @@ class Store:
             report.unlink()
         unfinished = self.release(version).with_name(f".{version}.partial")
         for folder in (unfinished, self.release(version), self.version(version)):
-            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.rmtree(folder)
             fsync_folder(folder.parent)
 
     def remove_leftovers(self, version: str) -> None:
-        """Removes what writers of a version's files left when they were killed; none of them may be running."""
-        for path in self.version(version).glob(".*"):
-            path.unlink()
+        """Removes what killed jobs of a version left; none of them may be running.
+
+        The visits below are the receiver's, who may be writing one.
+        """
+        remove_leftovers(self.version(version), recursive=False)
 
     def erase_blob(self, hospital: str, sha256: str) -> None:
         path = self.blob(hospital, sha256)
@@ -222,6 +232,21 @@ class Store:
             if not _PLAIN.fullmatch(part):
                 raise NotFound(f"{part!r} is no name in the store", remedy="use a name that the aggregator gave")
         return self.root.joinpath(*parts)
+
+
+def find_bases(bases: Iterable[BaseModel], reference: str) -> list[BaseModel]:
+    """Those of a digest or a name: a reference is clear if there is exactly one."""
+    return [base for base in bases if reference in (base.digest, base.name)]
+
+
+def _write_visit(path: Path, visit: Visit) -> None:
+    arrays = {
+        f"{kind}:{layer}": getattr(moments, kind)
+        for layer, moments in visit.moments.items()
+        for kind in ("count", "mean", "variance")
+    }
+    with atomic_write(path) as file:
+        np.savez(file, images=visit.images, rounds=visit.rounds, **arrays)
 
 
 def _visit(path: Path) -> Visit:

@@ -26,6 +26,7 @@ from datavector.errors import (
     DiskFull,
     ProtocolError,
     QuotaExceeded,
+    Refused,
     TryAgain,
     WrongDigest,
     WrongLayout,
@@ -116,13 +117,18 @@ class Stream:
 
 
 class Uploads:
-    """All uploads of a receiver. At most one stream writes a vector at a time: the newest."""
+    """All uploads of a receiver. At most one stream writes a vector at a time: the newest.
+
+    Args:
+        wake: called after every recorded vector, whether or not its hospital still listens.
+    """
 
     def __init__(
         self,
         store: Store,
         registry: Registry,
         metrics: Metrics,
+        wake: Callable[[], None],
         *,
         idle_timeout_seconds: float,
         max_open: int,
@@ -131,6 +137,7 @@ class Uploads:
         self._store = store
         self._registry = registry
         self._metrics = metrics
+        self._wake = wake
         self._idle_timeout = idle_timeout_seconds
         self._max_open = max_open
         self._max_kept = max_kept
@@ -141,6 +148,7 @@ class Uploads:
 
         Raises:
             AlreadyWithdrawn: the hospital took this vector back.
+            Refused: a newer vector has replaced it.
             QuotaExceeded: it has too many vectors or open uploads.
             DiskFull: the rest of it has no room.
         """
@@ -162,6 +170,7 @@ class Uploads:
                 is kept.
             ArtifactError, DiskFull: nothing of the vector is kept.
             AlreadyWithdrawn: the hospital took this vector back, or all while it was on its way.
+            Refused: a newer vector has replaced it.
             QuotaExceeded: it has too many vectors or open uploads.
         """
         if stored := await self._stored(arrival):
@@ -226,34 +235,69 @@ class Uploads:
         stream = self._streams.get(arrival.key)
         if stream and stream.commit:
             await asyncio.wait([stream.commit])
-        for vector in self._registry.vectors():
-            if vector.name == arrival.name:
-                if vector.granted:
-                    return vector
-                raise AlreadyWithdrawn(
-                    f"{vector.name} was withdrawn at {vector.status.withdrawn_at:%Y-%m-%d %H:%M}Z",
-                    remedy="consent goes one way: train again to take part again",
-                )
+        if recorded := self._recorded(arrival):
+            return recorded
         blob = self._store.blob(*arrival.key)
-        if blob.is_file() and await asyncio.to_thread(sha256_file, blob) == arrival.sha256:
-            return self._registry.add_vector(arrival.vector())
-        return None
+        if not await asyncio.to_thread(_holds, blob, arrival.sha256):
+            return None
+        # While the file was read, another call may have recorded it, and a withdrawal may have removed it.
+        if recorded := self._recorded(arrival):
+            return recorded
+        if not blob.is_file():
+            return None
+        self._check_quota(arrival.hospital)
+        return self._add(arrival)
+
+    def _recorded(self, arrival: Arrival) -> DataVector | None:
+        """The record of a vector that may still be merged, or None if there is no record.
+
+        Raises:
+            AlreadyWithdrawn, Refused: it is recorded, but will never be merged (again).
+        """
+        vectors = self._registry.vectors()
+        vector = next((vector for vector in vectors if vector.name == arrival.name), None)
+        if vector is None:
+            return None
+        if not vector.granted:
+            raise AlreadyWithdrawn(
+                f"{vector.name} was withdrawn at {vector.status.withdrawn_at:%Y-%m-%d %H:%M}Z",
+                remedy="consent goes one way: change training.seed or the images, then train again",
+            )
+        replaced = any(
+            (other.spec.hospital, other.spec.base_model_ref) == (arrival.hospital, arrival.base.digest)
+            and other.spec.sequence > vector.spec.sequence
+            for other in vectors
+        )
+        if replaced or vector.status.erased_at is not None:
+            raise Refused(
+                f"{vector.name} was replaced by a newer vector",
+                remedy="change training.seed or the images, then train again",
+            )
+        return vector
+
+    def _add(self, arrival: Arrival) -> DataVector:
+        vector = self._registry.add_vector(arrival.vector())
+        self._wake()
+        return vector
+
+    def _check_quota(self, hospital: str) -> None:
+        kept = [
+            vector.name
+            for vector in self._registry.vectors()
+            if vector.spec.hospital == hospital and vector.status.erased_at is None
+        ]
+        if len(kept) >= self._max_kept:
+            raise QuotaExceeded(
+                f"{hospital!r} has {len(kept)} vectors here, more are not kept",
+                remedy="withdraw, or wait until replaced ones are erased",
+            )
 
     def _take_over(self, arrival: Arrival) -> None:
         """Makes room for a new stream of this vector within the hospital's quota."""
         older = self._streams.pop(arrival.key, None)
         if older:
             older.end(_interrupted("another stream of this vector took over"))
-        kept = [
-            vector.name
-            for vector in self._registry.vectors()
-            if vector.spec.hospital == arrival.hospital and vector.status.erased_at is None
-        ]
-        if len(kept) >= self._max_kept:
-            raise QuotaExceeded(
-                f"{arrival.hospital!r} has {len(kept)} vectors here, more are not kept",
-                remedy="withdraw, or wait until replaced ones are erased",
-            )
+        self._check_quota(arrival.hospital)
         streaming = {sha256 for hospital, sha256 in self._streams if hospital == arrival.hospital}
         if len(streaming) >= self._max_open:
             raise QuotaExceeded(
@@ -321,7 +365,7 @@ class Uploads:
             fsync_folder(blob.parent.parent)
         path.rename(blob)
         fsync_folder(blob.parent)
-        return self._registry.add_vector(arrival.vector())
+        return self._add(arrival)
 
     def _close(self, arrival: Arrival, stream: Stream) -> None:
         if self._streams.get(arrival.key) is stream:
@@ -337,6 +381,13 @@ def _rescan(path: Path, scanner: VectorScanner) -> None:
     with path.open("rb", buffering=0) as file:
         while block := file.read(CHUNK):
             scanner.feed(block)
+
+
+def _holds(path: Path, sha256: str) -> bool:
+    try:
+        return sha256_file(path) == sha256
+    except FileNotFoundError:
+        return False
 
 
 def _fsync(path: Path) -> None:

@@ -44,6 +44,7 @@ def main() -> None:
         app()
     except Interrupted as stopped:
         print(f"{stopped.message}; {stopped.remedy}", file=sys.stderr)
+        sys.exit(stopped.exit_code)
     except DataVectorError as error:
         print(f"error: {error.message}\n       {error.remedy}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -57,7 +58,7 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted; starting again goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(1)
 
 
 # --- Base models and certificates -----------------------------------------------------------------------------
@@ -156,17 +157,17 @@ def agent(
         return
     if once + tasks_only + preflight_only > 1:
         raise UsageError("--once, --tasks-only and --preflight exclude each other", remedy="give one of them")
-    from agent import main as site
+    from agent.main import check, run, serve_waiting_tasks
 
     flags = _peer_flags(hospital, aggregator, state, certificate, key, ca, policy)
     flags |= {"data.path": data, "base": base, "training.epochs": epochs, "training.seed": seed}
     settings = _agent_settings(config, flags | {"metrics_port": metrics_port})
     if preflight_only:
-        site.preflight_only(settings)
+        check(settings)
     elif tasks_only:
-        site.serve_waiting_tasks(settings)
+        serve_waiting_tasks(settings)
     else:
-        site.run(settings, once=once)
+        run(settings, once=once)
 
 
 @agent_app.command("ledger")
@@ -216,8 +217,7 @@ def release_fetch(
     from agent.site import fetch_release
 
     settings = _agent_settings(config, _peer_flags(hospital, aggregator, state, certificate, key, ca, policy))
-    fetch_release(settings, output)
-    release_verify(output)
+    fetch_release(settings, output, verify=release_verify)
 
 
 def _peer_flags(

@@ -13,6 +13,8 @@ DataVectorError                     exit code 1
 ├── Unreachable                     no aggregator at that address now; worth trying again
 ├── TryAgain                        the aggregator gave the call up for a reason that passes
 ├── DiskFull                        nothing half-stored stays
+├── TrainingFailed                  one of several training processes ended
+├── SiteFailed                      one of the demo's processes ended
 ├── MergeError
 └── Interrupted                     stopped by a signal; starting again goes on from where it was
 
@@ -179,11 +181,17 @@ class DiskFull(DataVectorError):
         super().__init__(f"no space left{what} on the disk of {path}", remedy="free space there, then run it again")
 
 
+class TrainingFailed(DataVectorError):
+    """A training process ended for a reason of its own."""
+
+
+class SiteFailed(DataVectorError):
+    """A process of the demo ended with an error; its log has the cause."""
+
+
 class MergeError(DataVectorError):
     """Vectors that cannot be merged together."""
 
 
 class Interrupted(DataVectorError):
-    """Stopped on request; the next start goes on from the last checkpoint."""
-
-    exit_code = 0
+    """Stopped by a signal before its end; the next start goes on from there."""

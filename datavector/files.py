@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,8 @@ from typing import Any, BinaryIO
 from datavector.errors import DiskFull
 
 BLOCK = 1 << 20
+
+_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}")  # how mkstemp ends the names that atomic_write begins
 
 
 @contextmanager
@@ -42,6 +45,18 @@ def atomic_write(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
     fsync_folder(path.parent)
 
 
+def remove_leftovers(folder: Path, *, recursive: bool = True) -> None:
+    """Removes what `atomic_write` left in a folder, and the folders below it, when its process was killed.
+
+    Nobody may be writing there. Other hidden files stay, and so does what symbolic links lead to.
+    """
+    for parent, folders, names in os.walk(folder):
+        if not recursive:
+            folders.clear()
+        for name in filter(_LEFTOVER.fullmatch, names):
+            Path(parent, name).unlink(missing_ok=True)
+
+
 @contextmanager
 def disk_full_at(path: Path, *, needed: int | None = None) -> Iterator[None]:
     """Turns the operating system's 'no space left' (or a quota's) into DiskFull for `path`."""
@@ -62,15 +77,10 @@ def fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sha256_file(path: Path, *, size: int | None = None) -> str:
-    """SHA-256 of a file, or of its first `size` bytes, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    left = path.stat().st_size if size is None else size
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
     with path.open("rb", buffering=0) as file:
-        while left > 0 and (block := file.read(min(BLOCK, left))):
-            digest.update(block)
-            left -= len(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any, *, mode: int = 0o644) -> None:

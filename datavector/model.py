@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,14 +79,20 @@ class BaseModel:
                 f"the base model in {path} is {description['digest']}, but {digest} was asked for",
                 remedy="name the digest that the aggregator merges (datavector agent prints it), or fetch that base",
             )
-        try:
+        with _described_by(path):
             base = cls._described(path, description)
             base.open().close()
-        except (KeyError, TypeError, ValueError, WrongLayout) as error:
-            raise BaseModelError(
-                f"{path / DESCRIPTION} does not describe {WEIGHTS} ({error})", remedy="create the base model again"
-            ) from error
         return base
+
+    @classmethod
+    def describe(cls, path: Path) -> BaseModel:
+        """Reads an artifact's description alone, which is quick; to compute with the weights, `load` it.
+
+        Raises:
+            BaseModelError: the description is missing, altered, or says too little.
+        """
+        with _described_by(path):
+            return cls._described(path, _read_description(path))
 
     @classmethod
     def _described(cls, path: Path, description: Mapping[str, Any]) -> BaseModel:
@@ -160,6 +167,17 @@ def save_base(
     }
     write_json(path / DESCRIPTION, {**description, "digest": _digest(description)})
     return BaseModel.load(path)
+
+
+@contextmanager
+def _described_by(path: Path) -> Iterator[None]:
+    """Turns what a wrong description leads to into BaseModelError."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, WrongLayout) as error:
+        raise BaseModelError(
+            f"{path / DESCRIPTION} does not describe {WEIGHTS} ({error})", remedy="create the base model again"
+        ) from error
 
 
 def _read_description(path: Path) -> dict[str, Any]:

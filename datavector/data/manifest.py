@@ -7,11 +7,13 @@ hospital's own. `split` is train, val (valid, validation), test or empty; `group
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from datavector.data.records import EXTENSIONS, SPLITS, Record, is_image
 from datavector.errors import NoImages, UnreadableData
+from datavector.files import atomic_write
 
 COLUMNS = ("file", "label")
 
@@ -23,34 +25,60 @@ def read_manifest(path: Path) -> list[Record]:
         UnreadableData: it cannot be read, a column is missing, or a line is wrong (the message names the line).
         NoImages: it has no line below its header.
     """
+    return sorted(record for record, _ in _read(path, COLUMNS))
+
+
+def read_by_column(path: Path, column: str) -> dict[str, list[Record]]:
+    """The records of a manifest by the value of a further column, which may be empty; values and records sorted.
+
+    Raises:
+        As `read_manifest`.
+    """
+    found: dict[str, list[Record]] = {}
+    for record, row in sorted(_read(path, (*COLUMNS, column)), key=lambda pair: pair[0]):
+        found.setdefault((row[column] or "").strip(), []).append(record)
+    return dict(sorted(found.items()))
+
+
+def write_manifest(path: Path, records: Iterable[Record]) -> None:
+    """Writes records with absolute paths, atomically. Splits are left out: who reads it decides."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(("file", "label", "group"))
+    writer.writerows((record.path.resolve(), record.label, record.group) for record in records)
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def _read(path: Path, columns: Sequence[str]) -> list[tuple[Record, Mapping[str, str | None]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file, strict=True)
-            _demand_columns(path, rows.fieldnames or [])
+            _demand_columns(path, rows.fieldnames or [], columns)
             lines = [(rows.line_num, row) for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UnreadableData(f"{path} cannot be read ({error})", remedy="save it as CSV in UTF-8") from error
     first: dict[Path, int] = {}
-    records = []
+    records: list[tuple[Record, Mapping[str, str | None]]] = []
     for line, row in lines:
         record = _record(path, line, row)
         if (earlier := first.setdefault(record.path, line)) != line:
             raise _wrong(path, line, f"names {row['file']!r} again (first in line {earlier})", "keep one of the lines")
-        records.append(record)
+        records.append((record, row))
     if not records:
         raise NoImages(f"{path} lists no image", remedy="add a line file,label for each image")
     _demand_files(path, first)
-    return sorted(records)
+    return records
 
 
-def _demand_columns(path: Path, found: object) -> None:
+def _demand_columns(path: Path, found: object, demanded: Sequence[str]) -> None:
     names = [str(name) for name in found] if isinstance(found, list) else []
-    missing = [name for name in COLUMNS if name not in names]
+    missing = [name for name in demanded if name not in names]
     if missing:
         separator = "; its columns must be separated by commas" if ";" in "".join(names) else ""
         raise UnreadableData(
             f"{path}, line 1: column {missing[0]!r} is missing, found are {', '.join(names) or 'none'}",
-            remedy=f"begin the file with a line file,label (split and group are optional){separator}",
+            remedy=f"begin the file with a line {','.join(demanded)} (split and group are optional){separator}",
         )
 
 

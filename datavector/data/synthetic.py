@@ -149,15 +149,15 @@ def hospital_look(seed: int, hospital: int) -> Look:
     rng = np.random.default_rng([seed, 7919, hospital])
     weights = np.exp(0.25 * rng.standard_normal(len(LABELS)))
     return Look(
-        tone=0.1 + 0.42 * tone,
-        gains=(1 + 0.14 * (warm - 0.5), 1 + 0.07 * (green - 0.5), 1 - 0.2 * (warm - 0.5)),
-        light=0.85 + 0.28 * light,
-        contrast=0.85 + 0.3 * contrast,
-        vignette=0.4 * vignette,
-        blur=1.3 * blur**2,
+        tone=0.2 + 0.2 * tone,
+        gains=(1 + 0.06 * (warm - 0.5), 1 + 0.03 * (green - 0.5), 1 - 0.08 * (warm - 0.5)),
+        light=0.93 + 0.14 * light,
+        contrast=0.92 + 0.16 * contrast,
+        vignette=0.25 * vignette,
+        blur=0.9 * blur**2,
         noise=0.005 + 0.025 * noise,
         quality=int(45 + 50 * quality),
-        zoom=0.37 + 0.28 * zoom,
+        zoom=0.43 + 0.16 * zoom,
         hairs=float(8 * rng.random() ** 1.5),
         ruler=float(rng.random() ** 2),
         weights=tuple((weights / weights.sum()).tolist()),

@@ -12,14 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datavector.errors import DataVectorError
+from datavector.errors import SiteFailed
 
 LISTENING = "listening on "
 START_SECONDS = 120
-
-
-class SiteFailed(DataVectorError):
-    """A process of the demo ended with an error."""
 
 
 class Sites:

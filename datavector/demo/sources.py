@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from datavector.console import Progress
+from datavector.data.manifest import read_by_column
 from datavector.data.records import Record
 from datavector.data.synthetic import synthesise
-from datavector.errors import NoImages, UnreadableData
-from datavector.files import atomic_write
+from datavector.errors import NoImages
 
 
 @dataclass(frozen=True)
@@ -44,52 +43,21 @@ def from_manifest(path: Path, *, column: str, hospitals: int, images: int, seed:
         images: at most this many training images of each, drawn by seed.
 
     Raises:
-        UnreadableData: the manifest or a column of it is missing.
-        NoImages: no training image of a hospital, or no test image.
+        UnreadableData: the manifest or a column of it is missing, or a line is wrong.
+        NoImages: fewer than two hospitals, or no test image.
     """
-    rows = _rows(path, column)
-    names = sorted({row[column] for row in rows if row["split"] == "train" and row[column]})[:hospitals]
-    training = {
-        name: _draw(
-            [_record(path, row) for row in rows if row["split"] == "train" and row[column] == name], images, seed
-        )
-        for name in names
-    }
-    test = [_record(path, row) for row in rows if row["split"] == "test"]
+    found = read_by_column(path, column)
+    training = {name: [record for record in records if record.split == "train"] for name, records in found.items()}
+    names = [name for name in training if name and training[name]][:hospitals]
+    everything = [record for records in found.values() for record in records]
+    test = sorted(record for record in everything if record.split == "test")
     if len(names) < 2 or not test:
         raise NoImages(
             f"{path} has {len(names)} hospitals in column {column!r} and {len(test)} test images",
             remedy="name a column that assigns training images to at least two hospitals, and keep a test split",
         )
-    classes = tuple(sorted({row["label"] for row in rows}))
-    return Source(classes, training, test)
-
-
-def write_manifest(path: Path, records: Sequence[Record]) -> None:
-    """Writes a hospital's own manifest; without a split, the agent decides which images validate."""
-    lines = ["file,label", *(f'"{record.path.resolve()}","{record.label}"' for record in records)]
-    with atomic_write(path) as file:
-        file.write("\n".join(lines).encode() + b"\n")
-
-
-def _rows(path: Path, column: str) -> list[dict[str, str]]:
-    try:
-        with path.open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UnreadableData(
-            f"{path} cannot be read ({error})", remedy="put a manifest.csv into the folder given as --data"
-        ) from error
-    for name in ("file", "label", "split", column):
-        if rows and name not in rows[0]:
-            raise UnreadableData(
-                f"{path} has no column {name!r}, but {', '.join(rows[0])}", remedy="name one of them as --split-column"
-            )
-    return rows
-
-
-def _record(manifest: Path, row: Mapping[str, str]) -> Record:
-    return Record(manifest.parent / row["file"], row["label"], row["split"])
+    classes = tuple(sorted({record.label for record in everything}))
+    return Source(classes, {name: _draw(training[name], images, seed) for name in names}, test)
 
 
 def _draw(records: Sequence[Record], images: int, seed: int) -> list[Record]:

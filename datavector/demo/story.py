@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from agent.settings import Data
@@ -19,6 +19,7 @@ from aggregator.main import REGISTRY
 from aggregator.registry import SqliteRegistry
 from datavector.console import progress, say
 from datavector.data.images import ImageSet, load_images
+from datavector.data.manifest import write_manifest
 from datavector.data.records import Record, assign_splits
 from datavector.demo import report, sources
 from datavector.demo.sites import Sites
@@ -83,7 +84,7 @@ def run_demo(options: DemoOptions) -> None:
         with clock.stage("training and upload"):
             for hospital, records in source.hospitals.items():
                 manifest = output / "sites" / hospital / "manifest.csv"
-                sources.write_manifest(manifest, records)
+                write_manifest(manifest, records)
                 sites.write_agent(hospital, manifest, {"epochs": options.epochs, "seed": options.seed})
                 say(f"{hospital}: trains on {len(records)} images, sends its vector, and is gone")
                 sites.agent(hospital, "--once")
@@ -198,17 +199,22 @@ def _fetch_and_verify(sites: Sites, hospital: str, release: Path) -> None:
 
 def _test_release(release: Path, classes: tuple[str, ...], test: Sequence[Record]) -> report.Score:
     """Accuracy of the released ONNX model itself on the original files."""
-    results = predict(release, [record.path for record in test])
-    predictions = [classes.index(result["label"]) for result in results]
-    labels = [classes.index(record.label) for record in test]
-    confusion = confusion_matrix(labels, predictions, len(classes))
+    results = list(predict(release, [record.path for record in test]))
+    for result in results:
+        if "error" in result:
+            say(f"test image left out: {result['error']}")
+    read = [(record.label, result["label"]) for record, result in zip(test, results, strict=True) if "label" in result]
+    confusion = confusion_matrix(
+        [classes.index(label) for label, _ in read], [classes.index(found) for _, found in read], len(classes)
+    )
     return report.Score(accuracy(confusion), balanced_accuracy(confusion))
 
 
 def _show_predictions(release: Path, test: Sequence[Record]) -> None:
     chosen = [test[index * len(test) // SHOWN_PREDICTIONS] for index in range(SHOWN_PREDICTIONS)]
     for record, result in zip(chosen, predict(release, [record.path for record in chosen]), strict=True):
-        say(f"predict {record.path.name}: {result['label']} ({result['probability']:.0%}); the label is {record.label}")
+        answer = f"{result['label']} ({result['probability']:.0%})" if "label" in result else result["error"]
+        say(f"predict {record.path.name}: {answer}; the label is {record.label}")
 
 
 def _study(options: DemoOptions, base: BaseModel, source: Source) -> Study:
@@ -221,7 +227,7 @@ def _study(options: DemoOptions, base: BaseModel, source: Source) -> Study:
     training, validating, vectors = {}, {}, {}
     for hospital, records in source.hospitals.items():
         assigned = assign_splits(
-            [Record(record.path, record.label) for record in records], validation=validation, seed=options.seed
+            [replace(record, split="") for record in records], validation=validation, seed=options.seed
         )
         training[hospital] = load([record for record in assigned if record.split == "train"])
         validating[hospital] = load([record for record in assigned if record.split == "val"])

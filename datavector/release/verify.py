@@ -47,16 +47,6 @@ class VerificationReport:
     def ok(self) -> bool:
         return all(check.ok for check in self.checks)
 
-    @property
-    def failed(self) -> tuple[Check, ...]:
-        return tuple(check for check in self.checks if not check.ok)
-
-    def raise_if_failed(self) -> None:
-        """Raises ReleaseError with every failed check."""
-        if not self.ok:
-            what = "; ".join(f"{check.name}: {check.detail}" for check in self.failed)
-            raise ReleaseError(f"{self.path} does not verify: {what}", remedy="fetch or make the release again")
-
 
 def verify_release(path: Path) -> VerificationReport:
     """Checks a release folder.

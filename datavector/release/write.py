@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from datavector.console import Progress
 from datavector.errors import ReleaseError
 from datavector.files import disk_full_at, fsync_folder, write_json
 from datavector.model import BaseModel
@@ -32,7 +31,6 @@ def write_release(
     base: BaseModel,
     lineage: Lineage,
     opset: int = OPSET,
-    progress: Progress | None = None,
 ) -> Path:
     """Exports a network as a release folder.
 
@@ -44,7 +42,6 @@ def write_release(
         network: the merged and calibrated network, on the CPU; it is switched to eval mode and not changed otherwise.
         base: the base model that it came from, for the classes and the input.
         opset: of the ONNX file, 18 or more.
-        progress: called with the steps done and all steps.
     Returns:
         `output`.
     Raises:
@@ -59,7 +56,7 @@ def write_release(
     shutil.rmtree(partial, ignore_errors=True)
     with disk_full_at(output):
         try:
-            _fill(partial, network, base, lineage, opset, progress or _silent)
+            _fill(partial, network, base, lineage, opset)
             _make_durable(partial)
             partial.rename(output)
         except BaseException:
@@ -69,23 +66,20 @@ def write_release(
     return output
 
 
-def _fill(folder: Path, network: nn.Module, base: BaseModel, lineage: Lineage, opset: int, progress: Progress) -> None:
+def _fill(folder: Path, network: nn.Module, base: BaseModel, lineage: Lineage, opset: int) -> None:
     """Writes all files of a release."""
     from datavector.release.export import Served, export_onnx, save_onnx, torch_logits  # torch takes seconds to import
     from datavector.release.probes import compare, draw_probes, save_probes
     from datavector.release.runtime import MODEL, onnx_logits, open_session
 
-    steps = 3
     model_path = folder / MODEL
     model_path.parent.mkdir(parents=True)
     served = Served(network, base.input).eval()
     probes = draw_probes()
     expected = torch_logits(served, probes)
     _demand_sound(compare(expected, expected))  # before the slow part
-    progress(1, steps)
 
     model = export_onnx(served, opset=opset)
-    progress(2, steps)
     description = describe(lineage, base, opset=opset, parity={})
     save_onnx(model, model_path, model_metadata(description))
     parity = compare(expected, onnx_logits(open_session(folder, gpu=False), probes))
@@ -100,7 +94,6 @@ def _fill(folder: Path, network: nn.Module, base: BaseModel, lineage: Lineage, o
     (folder / CONFIG).write_text(triton_config(len(base.classes)), encoding="utf-8")
     (folder / CARD).write_text(model_card(description), encoding="utf-8")
     write_sums(folder)
-    progress(3, steps)
 
 
 def _demand_sound(parity: Parity) -> None:
@@ -148,7 +141,3 @@ def _make_durable(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     fsync_folder(folder)
-
-
-def _silent(done: int, total: int) -> None:
-    """Progress that nobody asked for."""

@@ -163,20 +163,11 @@ def _issue(folder: Path, hospital: str | None, server_names: Sequence[str], days
 # --- Reading and checking -------------------------------------------------------------------------------------
 
 
-def read_identity(certificate: bytes) -> Identity:
-    """Whom a certificate (PEM) speaks for.
-
-    Raises:
-        CertificateError: it is unreadable, or does not have exactly one SPIFFE ID of a hospital or an aggregator.
-    """
-    return _identity(_parse(certificate, "the certificate"))
-
-
 def read_report(certificate: bytes) -> CertificateReport:
     """Identity, end of validity and SHA-256 fingerprint (64 hexadecimal digits) of a certificate (PEM).
 
     Raises:
-        CertificateError: it is unreadable or names nobody.
+        CertificateError: it is unreadable, or does not have exactly one SPIFFE ID of a hospital or an aggregator.
     """
     return _report(_parse(certificate, "the certificate"))
 

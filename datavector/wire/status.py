@@ -18,6 +18,10 @@ KIND, MESSAGE, REMEDY = "datavector-error", "datavector-message-bin", "datavecto
 _WITHOUT_TRAILERS: dict[grpc.StatusCode, type[DataVectorError]] = {
     grpc.StatusCode.UNAVAILABLE: Unreachable,
     grpc.StatusCode.DEADLINE_EXCEEDED: Unreachable,
+    # The aggregator's own faults come with trailers: without them, these are a connection's or a proxy's.
+    grpc.StatusCode.CANCELLED: Unreachable,
+    grpc.StatusCode.UNKNOWN: Unreachable,
+    grpc.StatusCode.INTERNAL: Unreachable,
     grpc.StatusCode.ABORTED: TryAgain,
     grpc.StatusCode.UNAUTHENTICATED: CertificateError,
     grpc.StatusCode.PERMISSION_DENIED: Denied,

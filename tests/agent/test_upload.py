@@ -8,8 +8,9 @@ import pytest
 
 from agent.ledger import read_ledger
 from agent.upload import upload
-from datavector.errors import AlreadyWithdrawn, Interrupted, Unreachable, WrongDigest
-from datavector.wire.chunks import CHUNK
+from datavector.errors import AlreadyWithdrawn, Interrupted, TryAgain, Unreachable, WrongDigest
+from datavector.wire.chunks import CHUNK, frame_chunk
+from datavector.wire.v1.exchange_pb2 import UploadOpen, UploadRequest
 from tests.serving import announce, make_store, start_process, write_tau
 
 IN_FLIGHT = 8 << 20  # what sockets and gRPC's windows hold at most on loopback
@@ -141,7 +142,7 @@ def test_a_withdrawn_vector_is_not_taken_again(receiver, connect, vector):
     client = connect(receiver.address)
     name = upload(client, path, info)
     assert client.withdraw().vectors == [name]
-    with pytest.raises(AlreadyWithdrawn, match="consent goes one way"):
+    with pytest.raises(AlreadyWithdrawn, match=r"change training\.seed or the images"):
         upload(client, path, info)
 
 
@@ -157,6 +158,26 @@ def test_the_ledger_says_what_left_before_it_leaves(receiver, connect, cut_link,
     assert first.base == info.base_digest
     assert first.to == f"{link.address} (spiffe://datavector.local/aggregator)"
     assert last.state == "sent"
+
+
+def test_a_vector_that_is_there_already_adds_no_line_to_the_ledger(receiver, connect, vector, tmp_path):
+    path, info = vector
+    upload(connect(receiver.address), path, info)
+    upload(connect(receiver.address), path, info)
+    assert [entry.state for entry in read_ledger(tmp_path / "north.jsonl")] == ["sending", "sent"]
+
+
+def test_the_ledger_counts_the_bytes_that_really_left(receiver, connect, vector, tmp_path):
+    path, info = vector
+    with pytest.raises(TryAgain):
+        connect(receiver.address).send_upload(iter([opening(info), frame_chunk(path.read_bytes()[:CHUNK])]))
+    upload(connect(receiver.address), path, info)
+    first, last = read_ledger(tmp_path / "north.jsonl")
+    assert (first.bytes, last.bytes) == (info.size, info.size - CHUNK)
+
+
+def opening(info):
+    return UploadRequest(open=UploadOpen(vector=info)).SerializeToString()
 
 
 def test_a_failed_upload_stays_in_the_ledger_as_unconfirmed(receiver, connect, vector, tmp_path, large_base):

@@ -46,6 +46,17 @@ def arrive(store, registry, deliver):
     return add
 
 
+@pytest.fixture
+def complained() -> Iterator[asyncio.Event]:
+    """Set once an error is logged."""
+    event = asyncio.Event()
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = lambda _: event.set()
+    logging.getLogger("aggregator.embedded").addHandler(handler)
+    yield event
+    logging.getLogger("aggregator.embedded").removeHandler(handler)
+
+
 async def test_arrivals_are_merged_and_their_hospitals_asked(store, registry, arrive, small_base):
     registry.set_policies([policy(base="small", quiet=0, mode="visit")])
     async with reconciling(store, registry) as running:
@@ -138,11 +149,7 @@ async def test_the_files_of_versions_whose_policy_is_gone_go_with_a_withdrawal(s
     assert [path.parent.name for path in (store.root / "blobs").glob("*/*")] == ["south"]
 
 
-async def test_a_fault_of_the_disk_does_not_end_the_reconciliation(store, registry, arrive, small_base):
-    complained = asyncio.Event()
-    handler = logging.Handler(logging.ERROR)
-    handler.emit = lambda _: complained.set()
-    logging.getLogger("aggregator.embedded").addHandler(handler)
+async def test_a_fault_of_the_disk_does_not_end_the_reconciliation(store, registry, arrive, small_base, complained):
     registry.set_policies([policy(base="small", quiet=0, mode="visit")])
     arrive(small_base, "north", "south")
     versions = store.root / "versions"
@@ -152,7 +159,46 @@ async def test_a_fault_of_the_disk_does_not_end_the_reconciliation(store, regist
         await complained.wait()
         versions.unlink()
         await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
-    logging.getLogger("aggregator.embedded").removeHandler(handler)
+
+
+async def test_a_job_that_cannot_even_start_is_not_started_again_at_once(
+    store, registry, arrive, small_base, monkeypatch, caplog, complained
+):
+    registry.set_policies([policy(base="small", quiet=0, mode="visit")])
+    arrive(small_base, "north", "south")
+    with monkeypatch.context() as broken:
+        broken.setattr("sys.executable", str(store.root / "no-python"))
+        async with reconciling(store, registry) as running:
+            running.reconciler.wake()
+            await complained.wait()
+            for _ in range(20):
+                running.reconciler.wake()
+                await asyncio.sleep(0)
+            assert caplog.text.count("could not be run") == 1
+            registry.withdraw("north", None)
+            await running.until(lambda: bool(running.in_phase(Phase.REVOKED)))
+            await running.until(lambda: not any((store.root / "versions").iterdir()))
+
+
+async def test_a_fault_that_nobody_foresaw_is_logged_and_does_not_end_the_reconciliation(
+    store, registry, arrive, small_base, caplog, complained
+):
+    registry.set_policies([policy(base="small", quiet=0, mode="visit")])
+    arrive(small_base, "north", "south")
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+        (version,) = running.in_phase(Phase.CALIBRATING)
+        visits = store.version(version.name) / "visits"
+        visits.mkdir()
+        (visits / "north.npz").write_bytes(b"no archive")
+        running.reconciler.wake()
+        await complained.wait()
+        (fault,) = caplog.records
+        assert "trying again" in fault.message
+        assert fault.exc_info, "with its traceback"
+        (visits / "north.npz").unlink()
+        running.waiting.clear()
+        await running.until(lambda: bool(running.waiting))
 
 
 async def test_stopping_ends_the_jobs_and_starting_again_goes_on(store, registry, arrive, large_base):

@@ -86,7 +86,7 @@ def test_a_merge_that_is_run_again_gives_the_same_bytes_and_clears_what_a_killed
     version = start()
     run(store, version, "merge")
     first = store.merged(version.name).read_bytes()
-    (store.version(version.name) / ".merged.safetensors.half").write_bytes(b"half")
+    (store.version(version.name) / ".merged.safetensors.halfhalf").write_bytes(b"half")
     run(store, version, "merge")
     assert store.merged(version.name).read_bytes() == first
     assert list(store.version(version.name).glob(".*")) == []
@@ -173,6 +173,16 @@ def test_what_visitors_left_is_pooled_once_there_is_a_quorum(store, start, small
     assert (described["mode"], described["hospitals"], described["images"]) == (mode, ["east", "north"], 80)
     expected = pool([visit(small_base, "north", 30).moments["bn0"], visit(small_base, "east", 50).moments["bn0"]])
     assert np.array_equal(moments["bn0"].variance, expected.variance)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "note"), [((2, 2), "2 visit(s) a hospital"), ((1, 3), "1 to 3 visit(s) a hospital")]
+)
+def test_a_release_says_how_often_every_hospital_was_visited(store, start, small_base, rounds, note):
+    version = start(mode="visit", quorum=2)
+    for name, done in zip(("north", "east"), rounds, strict=True):
+        store.save_visit(version.name, visit(small_base, name, 30, rounds=done))
+    assert calibrate(store, version, small_base)[0]["note"] == note
 
 
 def test_below_the_quorum_the_uploaded_statistics_are_the_last_resort_and_labelled(store, start, small_base):

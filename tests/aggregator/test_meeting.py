@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from agent.ledger import read_ledger
 from aggregator.store import OpenCalibration
 from datavector.errors import ArtifactError, NotFound, ProtocolError, TryAgain
 from datavector.merge.batchnorm import Moments, pool
@@ -314,6 +315,28 @@ def test_a_meeting_that_is_no_longer_wanted_lets_the_waiting_go(start_receiver, 
         waiting = executor.submit(attend, client, task, 1, images=1)
         receiver.store.close_calibration(VERSION)
         assert isinstance(waiting.exception(), NotFound)
+
+
+def test_a_meeting_cannot_be_passed_as_a_visit(receiver, ask, task_of):
+    ask("meeting")
+    client, task = task_of("north")
+    with pytest.raises(ProtocolError, match="in a meeting"):
+        client.begin_visit(task)
+    with pytest.raises(ProtocolError, match="in a meeting"):
+        client.complete_visit(task, own(1), images=1)
+    assert receiver.store.visits(VERSION) == []
+
+
+def test_a_meeting_that_was_left_early_is_in_the_ledger_with_what_was_sent(ask, task_of, tmp_path):
+    ask("meeting", hospitals=("north", "south"), quorum=2)
+    lost, _ = together(
+        ((*task_of("south"), 20), {"images": 1, "gone_at": "bn1"}), ((*task_of("north"), 10), {"images": 1})
+    )
+    assert lost.exception() is not None
+    last = read_ledger(tmp_path / "south.jsonl")[-1]
+    assert last.state == "unconfirmed"
+    assert last.bytes > 0
+    assert last.sha256
 
 
 @pytest.mark.parametrize("first", [MeetRequest(layer=LayerMoments(layer="bn0")), MeetRequest(join=MeetJoin())])

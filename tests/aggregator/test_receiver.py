@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
+from pathlib import Path
 
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from agent.client import Client, Credentials
+from agent.client import Client, Credentials, inside
+from agent.ledger import Ledger, read_ledger
 from agent.upload import upload
 from aggregator.resources import ModelVersion
 from aggregator.store import OpenCalibration
@@ -30,7 +34,7 @@ from datavector.errors import (
     WrongHospital,
 )
 from datavector.files import sha256_file
-from datavector.wire.certs import init_authority, issue_hospital, read_report
+from datavector.wire.certs import init_authority, issue_aggregator, issue_hospital, read_report
 from datavector.wire.v1.exchange_pb2 import FetchRequest, FileInfo
 from tests.serving import announce, make_settings, make_store, serve, write_tau
 
@@ -129,6 +133,40 @@ def test_a_hospitals_certificate_cannot_pose_as_the_aggregator(authority, tmp_pa
     settings = make_settings(authority, certificate=authority / "north.crt", key=authority / "north.key")
     with pytest.raises(CertificateError, match="hospital 'north'"), serve(store, settings):
         pass
+
+
+def test_nothing_leaves_for_a_server_that_is_not_this_collaborations_aggregator(
+    start_receiver, small_base, connect, authority, tmp_path
+):
+    foreign = tmp_path / "foreign"
+    init_authority(foreign, trust_domain="other.example")
+    issue_aggregator(foreign, server_names=["localhost"])
+    both = tmp_path / "both.crt"
+    both.write_bytes((authority / "ca.crt").read_bytes() + (foreign / "ca.crt").read_bytes())
+    receiver = start_receiver(
+        small_base, certificate=foreign / "aggregator.crt", key=foreign / "aggregator.key", ca=both
+    )
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    credentials = Credentials(authority / "north.crt", authority / "north.key", both)
+    path = write_tau(tmp_path / "tau", small_base)
+    with Client(receiver.address, credentials, ledger=ledger, patience_seconds=0) as client:
+        for send in (client.withdraw, lambda: upload(client, path, announce(path, small_base))):
+            with pytest.raises(CertificateError, match=r"names spiffe://other\.example/aggregator"):
+                send()
+    assert read_ledger(ledger.path) == []
+    assert receiver.registry.vectors() == []
+
+
+@pytest.mark.parametrize(
+    "name", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/", "./a", "..", "a\\..\\b", "C:\\x", "a\0b"]
+)
+def test_a_name_from_the_aggregator_never_leads_out_of_its_folder(tmp_path, name):
+    with pytest.raises(ProtocolError, match="names a file"):
+        inside(tmp_path, name)
+
+
+def test_plain_names_from_the_aggregator_are_joined(tmp_path):
+    assert inside(tmp_path, "1/model.onnx") == tmp_path / "1" / "model.onnx"
 
 
 def channel_credentials(authority, name):
@@ -267,7 +305,8 @@ def test_a_base_is_downloaded_and_verified(receiver, connect, large_base, tmp_pa
 
 def test_a_download_goes_on_where_it_was_cut(receiver, connect, large_base, tmp_path):
     client = connect(receiver.address)
-    info = next(info for info in client.describe().policies[0].base_files if info.name.endswith("tensors"))
+    policy = next(policy for policy in client.describe().policies if policy.name == "large")
+    info = next(info for info in policy.base_files if info.name.endswith("tensors"))
     part = tmp_path / f".weights.{info.sha256[:16]}.part"
     part.write_bytes((large_base.path / info.name).read_bytes()[:1000])
     client.fetch(info, tmp_path / "weights", base_digest=large_base.digest)
@@ -340,6 +379,41 @@ def test_merged_weights_are_only_for_the_hospitals_of_that_version(receiver, con
     assert north.fetch(task.weights, tmp_path / "north", task_id=task.id).read_bytes() == b"weights"
     with pytest.raises(NotFound, match="does not wait for 'south'"):
         south.fetch(task.weights, tmp_path / "south", task_id=task.id)
+
+
+def test_a_task_whose_version_was_just_erased_is_left_out_of_the_list(receiver, connect, small_base):
+    receiver.store.merged("small-2").parent.mkdir(parents=True)
+    receiver.store.merged("small-2").write_bytes(b"weights")
+    for name in ("small-1", "small-2"):
+        receiver.store.open_calibration(OpenCalibration(name, small_base.digest, "visit", ("north",), 1, 1))
+    assert [task.version for task in connect(receiver.address).list_tasks().tasks] == ["small-2"]
+
+
+def test_a_release_that_is_erased_while_it_is_read_is_not_ready(start_receiver, small_base, connect):
+    receiver = start_receiver(small_base)
+    folder = receiver.store.release("small-1")
+    folder.mkdir(parents=True)
+    (folder / "a.onnx").touch()
+    os.truncate(folder / "a.onnx", 1 << 29)  # the receiver reads this first, for a while
+    (folder / "b.onnx").write_bytes(b"onnx")
+    ready_at = datetime(2031, 1, 1, tzinfo=UTC).isoformat()
+    receiver.registry.add_version(version("small", small_base, phase="Ready", name="small-1", ready_at=ready_at))
+    client = connect(receiver.address)
+    with ThreadPoolExecutor(1) as executor:
+        asking = executor.submit(client.describe_release, "small")
+        while not is_open(folder / "a.onnx"):
+            pass
+        (folder / "b.onnx").unlink()
+        assert isinstance(asking.exception(), NotReady)
+
+
+def is_open(path):
+    """Whether this process, which the receiver shares, reads a file."""
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            links.append(descriptor.readlink())
+    return path in links
 
 
 # --- Service --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import subprocess
 import threading
@@ -12,6 +13,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aggregator.metrics import Metrics
+from aggregator.registry import SqliteRegistry
+from aggregator.uploads import Arrival, Uploads
 from datavector.errors import (
     AlreadyWithdrawn,
     ArtifactError,
@@ -20,13 +24,14 @@ from datavector.errors import (
     NotFinite,
     ProtocolError,
     QuotaExceeded,
+    Refused,
     TryAgain,
     WrongDigest,
     WrongLayout,
 )
 from datavector.wire.chunks import CHUNK, frame_chunk
 from datavector.wire.v1.exchange_pb2 import UploadFinal, UploadOpen, UploadRequest
-from tests.serving import announce, make_base, write_tau
+from tests.serving import announce, make_base, make_store, write_tau
 
 
 @pytest.fixture
@@ -271,7 +276,7 @@ def test_two_hospitals_upload_at_once_and_both_are_kept_apart(receiver, connect,
     north.send(final(info))
     south.send(final(info))
     assert (north.end(), south.end()) == (None, None)
-    assert [vector.spec.hospital for vector in receiver.registry.vectors()] == ["north", "south"]
+    assert {vector.spec.hospital for vector in receiver.registry.vectors()} == {"north", "south"}
     assert receiver.store.blob("north", info.sha256) != receiver.store.blob("south", info.sha256)
 
 
@@ -310,6 +315,28 @@ def test_a_hospital_may_have_only_so_many_vectors(start_receiver, small_base, co
         client.begin_upload(info)
 
 
+def whole(vector):
+    data, info = vector
+    return iter([opening(info), *chunks(data), final(info)])
+
+
+def test_a_vector_that_a_newer_one_has_replaced_is_refused_with_what_to_do(
+    receiver, connect, small_base, vector, tmp_path
+):
+    client = connect(receiver.address)
+    client.send_upload(whole(vector))
+    path = write_tau(tmp_path / "newer", small_base, seed=2)
+    newer = announce(path, small_base, sequence=2)
+    client.send_upload(whole((path.read_bytes(), newer)))
+    data, info = vector
+    info.sequence = 3
+    with pytest.raises(Refused, match=r"was replaced by a newer vector; change training\.seed"):
+        client.begin_upload(info)
+    with pytest.raises(Refused, match="was replaced by a newer vector"):
+        client.send_upload(whole((data, info)))
+    assert client.begin_upload(newer).committed
+
+
 def test_a_withdrawal_ends_what_is_on_its_way_and_removes_it(receiver, connect, large_vector):
     data, info = large_vector
     running = OpenUpload(connect(receiver.address), info)
@@ -332,6 +359,74 @@ def test_a_crash_between_rename_and_record_is_mended_by_the_next_try(receiver, c
     reply = connect(receiver.address).begin_upload(info)
     assert reply.committed
     assert [stored.name for stored in receiver.registry.vectors()] == [reply.vector]
+    assert receiver.woken == 1
+
+
+def test_a_vector_that_a_crash_left_counts_for_the_quota(start_receiver, small_base, connect, vector, tmp_path):
+    receiver = start_receiver(small_base, max_vectors_per_hospital=1)
+    client = connect(receiver.address)
+    client.send_upload(whole(vector))
+    path = write_tau(tmp_path / "left", small_base, seed=2)
+    info = announce(path, small_base, sequence=2)
+    path.rename(receiver.store.blob("north", info.sha256))
+    with pytest.raises(QuotaExceeded, match="has 1 vectors here"):
+        client.begin_upload(info)
+
+
+@pytest.fixture
+def uploads(small_base, tmp_path):
+    """The uploads of a store, without a server: for what hangs on the order of single steps."""
+    store = make_store(tmp_path / "steps", small_base)
+    registry = SqliteRegistry(store.root / "registry.sqlite")
+    woken = []
+    uploads = Uploads(
+        store, registry, Metrics(), lambda: woken.append(len(registry.vectors())),
+        idle_timeout_seconds=30, max_open=2, max_kept=16,
+    )  # fmt: skip
+    yield uploads, store, registry, woken
+    registry.close()
+
+
+def test_a_commit_whose_hospital_no_longer_listens_is_told_to_whoever_merges(uploads, small_base, vector):
+    uploads, _, registry, woken = uploads
+    data, info = vector
+    messages = [*chunks(data), final(info)]
+
+    all_read = asyncio.Event()
+
+    async def read():
+        message = messages.pop(0)
+        if not messages:
+            all_read.set()
+        return message
+
+    async def cut_after_final():
+        call = asyncio.create_task(uploads.receive(Arrival.parse("north", small_base, info), 0, read))
+        await all_read.wait()
+        call.cancel()
+        await uploads.finish_commits()
+
+    asyncio.run(cut_after_final())
+    assert len(registry.vectors()) == 1
+    assert woken == [1]
+
+
+def test_a_withdrawal_while_a_file_left_by_a_crash_is_read_leaves_no_record(uploads, small_base, vector):
+    uploads, store, registry, _ = uploads
+    data, info = vector
+    blob = store.blob("north", info.sha256)
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(data)
+
+    async def withdraw_meanwhile():
+        begun = asyncio.create_task(uploads.begin(Arrival.parse("north", small_base, info)))
+        await asyncio.sleep(0)
+        registry.withdraw("north", None)
+        uploads.forget("north")
+        return await begun
+
+    assert not asyncio.run(withdraw_meanwhile()).committed
+    assert registry.vectors() == []
 
 
 @pytest.fixture

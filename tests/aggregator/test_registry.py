@@ -11,7 +11,7 @@ import pytest
 
 from aggregator.registry import SqliteRegistry
 from aggregator.resources import Consent, Phase
-from datavector.errors import DiskFull
+from datavector.errors import DiskFull, TryAgain
 from tests.aggregator.objects import BASE, at, policy, vector, version
 
 NORTH, SOUTH = vector("north"), vector("south")
@@ -127,6 +127,42 @@ def test_many_threads_and_connections_may_write(registry, path):
         list(threads.map(lambda n: (registry, other)[n % 2].add_vector(vector(f"h{n}")), range(40)))
     assert len(registry.vectors()) == 40
     other.close()
+
+
+def test_versions_come_in_the_order_in_which_they_were_recorded(registry):
+    first, second = sorted(
+        (version(policy(), NORTH), version(policy(), SOUTH)), key=lambda each: each.name, reverse=True
+    )
+    registry.add_version(first)
+    registry.add_version(second)
+    registry.save(first)
+    assert registry.versions() == [first, second]
+
+
+def test_a_broken_file_is_an_error_for_people(registry, path):
+    registry._connection.execute("DROP TABLE objects")
+    for use in (registry.versions, lambda: registry.add_vector(NORTH)):
+        with pytest.raises(TryAgain, match=r"registry\.sqlite cannot be used"):
+            use()
+    (path.parent / "other.sqlite").write_bytes(b"no database" * 100)
+    with pytest.raises(TryAgain, match="not a database"):
+        SqliteRegistry(path.parent / "other.sqlite")
+
+
+@pytest.mark.parametrize("open_elsewhere", [True, False])
+def test_reading_only_leaves_the_folder_as_it_is(path, open_elsewhere):
+    writer = SqliteRegistry(path)
+    writer.add_vector(NORTH)
+    if not open_elsewhere:
+        writer.close()
+    before = sorted(path.parent.iterdir())
+    reader = SqliteRegistry(path, read_only=True)
+    assert reader.vectors() == [NORTH]
+    with pytest.raises(TryAgain, match="readonly"):
+        reader.add_vector(SOUTH)
+    reader.close()
+    assert sorted(path.parent.iterdir()) == before
+    writer.close()
 
 
 def test_a_full_disk_is_named_and_changes_nothing(registry):

@@ -131,6 +131,23 @@ def test_a_later_round_replaces_the_earlier_and_the_order_is_by_hospital(store):
     assert [(each.hospital, each.rounds) for each in store.visits("brain-1")] == [("north", 1), ("south", 2)]
 
 
+def test_the_visits_of_a_meeting_appear_together_and_replace_a_part_of_one(store):
+    store.save_visit("brain-1", visit("west"))
+    seen = []
+
+    def cut_short():
+        yield visit("north")
+        seen.append(store.rounds("brain-1"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.save_meeting("brain-1", cut_short())
+    assert seen == [{"west": 1}]
+    assert store.rounds("brain-1") == {"west": 1}
+    store.save_meeting("brain-1", [visit("south"), visit("east")])
+    assert store.rounds("brain-1") == {"east": 1, "south": 1}
+
+
 # --- Calibrations, reports, erasure
 
 
@@ -166,6 +183,12 @@ def test_erasing_a_version_leaves_nothing_of_it_and_nothing_else_is_touched(stor
     assert left == {"brain-10", ".brain-10.partial"}
 
 
+def test_a_version_that_cannot_be_erased_is_an_error(store):
+    store.version("brain-1").write_text("no folder")
+    with pytest.raises(NotADirectoryError):
+        store.erase_version("brain-1")
+
+
 def test_erasing_a_blob_twice_is_erasing_it(store):
     store.erase_blob("north", "sha256:" + "0" * 64)
     blob = store.blob("north", "sha256:" + "0" * 64)
@@ -177,6 +200,10 @@ def test_erasing_a_blob_twice_is_erasing_it(store):
 
 def test_what_a_killed_writer_left_is_removed_but_no_finished_file(store):
     store.write_version("brain-1", {})
-    (store.version("brain-1") / ".merged.safetensors.x7").write_bytes(b"half")
+    store.save_visit("brain-1", visit("north"))
+    being_written = store.version("brain-1") / "visits" / ".south.npz.x7_abcde"
+    being_written.write_bytes(b"half")
+    (store.version("brain-1") / ".merged.safetensors.x7_abcde").write_bytes(b"half")
     store.remove_leftovers("brain-1")
-    assert [path.name for path in store.version("brain-1").iterdir()] == ["version.json"]
+    assert sorted(path.name for path in store.version("brain-1").iterdir()) == ["version.json", "visits"]
+    assert being_written.exists(), "by the receiver, which runs beside the jobs"

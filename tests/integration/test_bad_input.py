@@ -9,10 +9,20 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import grpc
 import pytest
 
 from datavector.files import sha256_file
 from datavector.wire.certs import init_authority, issue_hospital
+from datavector.wire.v1.exchange_pb2 import (
+    DescribeReleaseReply,
+    DescribeReleaseRequest,
+    DescribeReply,
+    DescribeRequest,
+    FileInfo,
+    PolicyInfo,
+)
+from datavector.wire.v1.exchange_pb2_grpc import ExchangeServicer, add_ExchangeServicer_to_server
 from tests.integration.conftest import VISIT
 from tests.integration.processes import Aggregator, Process, Site, free_port, policy_file
 
@@ -172,7 +182,9 @@ CASES: dict[str, Bad] = {
         ],
     ),
     # certificates
-    "an expired certificate": Bad(1, ("expired on", "ask the aggregation site for a new certificate"), expired),
+    "an expired certificate": Bad(
+        1, ("FAIL certificate", "expired on", "ask the aggregation site for a new certificate"), expired
+    ),
     "a foreign certificate": Bad(
         1,
         ("which is not the authority in",),
@@ -255,7 +267,10 @@ CASES: dict[str, Bad] = {
     "a port of metrics that is taken": Bad(
         2,
         ("metrics cannot be served on port", "Address already in use"),
-        lambda at: at.agent(metrics_port=int(at.address.rpartition(":")[2])),
+        lambda at: at.agent("--once", metrics_port=int(at.address.rpartition(":")[2])),
+    ),
+    "a preflight while the aggregator is away": Bad(
+        1, ("FAIL aggregator", "is not reachable"), lambda at: at.agent(aggregator=f"127.0.0.1:{free_port()}")
     ),
     "a path that cannot be": Bad(
         1, ("error: /proc/certs", "check the path"), lambda at: ["certs", "init", "--output", "/proc/certs"]
@@ -340,11 +355,18 @@ def test_after_all_of_it_the_aggregator_is_as_it_was(
     assert aggregator.process.terminate() == 0
 
 
-def test_an_aggregator_that_is_not_reachable_is_tried_again_and_it_says_since_when(site: Site):
-    agent = site.agent("north", f"127.0.0.1:{free_port()}", "--once", state=site.folder / "fresh")
+@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--once"], 1)])
+def test_an_aggregator_that_is_not_reachable_is_tried_again_until_the_agent_is_stopped(
+    new_site: Site, flags: list[str], code: int
+):
+    agent = new_site.agent("north", f"127.0.0.1:{free_port()}", *flags)
     agent.wait_for("not reachable since ")
     agent.wait_for("next try in 1.")
-    assert agent.terminate() == 0
+    config = new_site.folder / "north" / "agent.toml"
+    second = new_site.start("agent", "--config", config, "--once", log="second")
+    assert second.wait() == 2
+    assert "another agent uses the state folder" in second.output
+    assert agent.terminate() == code
     assert "start it again to go on" in agent.output
     assert "Traceback" not in agent.output
 
@@ -371,3 +393,36 @@ def test_a_full_disk_at_the_aggregator_refuses_the_vector_and_keeps_nothing_half
     assert sha256_file(site.folder / "north" / "state" / "vector.safetensors") == before
     assert aggregator.vectors() == []
     assert not list(aggregator.store.root.glob("uploads/*/*"))
+
+
+class Liar(ExchangeServicer):
+    """An aggregator that names files outside the folder in which they are expected."""
+
+    def Describe(self, request: DescribeRequest, context: grpc.ServicerContext) -> DescribeReply:  # noqa: N802
+        files = [FileInfo(name="../../outside", size=1), FileInfo(name="base.json", size=1)]
+        policy = PolicyInfo(name="trial", base_digest=f"sha256:{'0' * 64}", base_files=files)
+        return DescribeReply(hospital="north", policies=[policy])
+
+    def DescribeRelease(self, request: DescribeReleaseRequest, context: grpc.ServicerContext) -> DescribeReleaseReply:  # noqa: N802
+        return DescribeReleaseReply(version="trial-1", files=[FileInfo(name="../outside", size=1)])
+
+
+def test_an_aggregator_cannot_name_files_outside_their_folder(new_site: Site):
+    certificate, key, ca = (
+        (new_site.certificates / name).read_bytes() for name in ("aggregator.crt", "aggregator.key", "ca.crt")
+    )
+    server = grpc.server(ThreadPoolExecutor(1))
+    add_ExchangeServicer_to_server(Liar(), server)
+    credentials = grpc.ssl_server_credentials([(key, certificate)], ca, require_client_auth=True)
+    port = server.add_secure_port("127.0.0.1:0", credentials)
+    server.start()
+    try:
+        new_site.config("north", f"127.0.0.1:{port}")
+        agent = new_site.run("north", "agent", "--preflight")
+        fetch = new_site.run("north", "release", "fetch", "--output", new_site.folder / "release")
+    finally:
+        server.stop(None)
+    assert agent.wait() == fetch.wait() == 1
+    assert "announces a base model of other files" in agent.output
+    assert "the aggregator names a file '../outside'" in fetch.output
+    assert not list(new_site.folder.rglob("*outside*"))

@@ -122,7 +122,7 @@ def test_an_agent_killed_in_training_stopped_and_alone_delivers_the_vector_of_an
     assert "epoch 1 of 3" not in agent.output
     agent = site.agent("north", address, "--once", state=state)
     agent.wait_for("ok    data")
-    assert agent.terminate() == 0
+    assert agent.terminate() == 1
     assert "start it again to go on" in agent.output
     assert not (state / "vector.safetensors").exists()
 

@@ -58,12 +58,17 @@ def test_three_hospitals_that_never_meet_make_a_model_and_one_takes_its_part_bac
     visitors = [site.agent(hospital, aggregator.address, "--tasks-only") for hospital in ("north", "west")]
     assert all("visit for trial-" in visitor.succeed() for visitor in visitors)
     assert aggregator.wait_for("Ready", "north", "west").status.weights_sha256 == ours
-    printed = site.run("north", "release", "fetch", "--output", tmp_path / "second").succeed()
+    (tmp_path / ".release.partial").mkdir()
+    (tmp_path / ".release.partial" / "rest.txt").write_text("of a download that was cut off")
+    printed = site.run("north", "release", "fetch", "--output", tmp_path / "release").succeed()
     assert second.name in printed
+    assert json.loads((tmp_path / "release" / "release.json").read_text())["version"] == second.name
+    assert not list(tmp_path.rglob("rest.txt"))
+    assert not list(tmp_path.glob(".release.*"))
 
-    with (tmp_path / "second" / "labels.txt").open("a") as labels:
+    with (tmp_path / "release" / "labels.txt").open("a") as labels:
         labels.write("wart\n")
-    altered = site.start("verify", tmp_path / "second", log="verify")
+    altered = site.start("verify", tmp_path / "release", log="verify")
     assert altered.wait() == 1
     assert "FAIL  files" in altered.output
     assert "altered: labels.txt" in altered.output

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from datavector.data.manifest import read_by_column, write_manifest
 from datavector.data.records import Record, read_records
 from datavector.errors import NoImages, UnreadableData
 
@@ -73,3 +74,23 @@ def test_a_manifest_in_another_encoding_is_refused(tmp_path: Path) -> None:
 def test_a_manifest_with_a_header_only_holds_no_images(tmp_path: Path) -> None:
     with pytest.raises(NoImages, match="lists no image"):
         read_records(manifest(tmp_path, "file,label\n"))
+
+
+def test_records_are_found_by_the_value_of_a_further_column(tmp_path: Path) -> None:
+    text = "file,label,hospital\na.png,x,north\nb.png,y,south\nc.png,x,north\nd.png,y,\n"
+    found = read_by_column(manifest(tmp_path, text, "a.png", "b.png", "c.png", "d.png"), "hospital")
+    names = {value: [record.path.name for record in records] for value, records in found.items()}
+    assert names == {"": ["d.png"], "north": ["a.png", "c.png"], "south": ["b.png"]}
+
+
+def test_a_missing_further_column_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableData, match="'hospital' is missing"):
+        read_by_column(manifest(tmp_path, "file,label\na.png,x\n", "a.png"), "hospital")
+
+
+def test_a_written_manifest_reads_back_whatever_is_in_its_names(tmp_path: Path) -> None:
+    records = [Record(tmp_path / name, 'a "b", c', group="p,1") for name in ('one "x".png', "two, y.png")]
+    for record in records:
+        record.path.touch()
+    write_manifest(tmp_path / "other" / "manifest.csv", records)
+    assert read_records(tmp_path / "other" / "manifest.csv") == records

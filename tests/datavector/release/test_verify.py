@@ -21,7 +21,7 @@ from tests.datavector.release.test_write import FILES
 
 def test_an_untouched_release_verifies(tiny_release: Path) -> None:
     report = verify_release(tiny_release)
-    assert report.ok, report.failed
+    assert report.ok, report.checks
     assert [check.name for check in report.checks] == [
         "files",
         "onnx",
@@ -32,7 +32,6 @@ def test_an_untouched_release_verifies(tiny_release: Path) -> None:
         "spread",
         "parity",
     ]
-    report.raise_if_failed()
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -59,9 +58,7 @@ def failure_of(release: Path) -> str:
     except ReleaseError as error:
         return str(error)
     assert not report.ok
-    with pytest.raises(ReleaseError) as raised:
-        report.raise_if_failed()
-    return str(raised.value)
+    return "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.ok)
 
 
 def test_a_missing_and_an_extra_file_are_named(altered: Path) -> None:
@@ -170,4 +167,4 @@ def test_fresh_checksums_do_not_hide_an_alteration(alter: Callable[[Path], None]
     write_sums(altered)
     report = verify_release(altered)
     assert report.checks[0].ok
-    assert check in [failed.name for failed in report.failed]
+    assert check in [each.name for each in report.checks if not each.ok]

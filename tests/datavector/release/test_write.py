@@ -56,7 +56,7 @@ def test_real_architectures_answer_as_torch_does_on_images_of_any_shape(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_release_of_a_real_architecture_verifies(architecture: str, real_release: RealRelease) -> None:
     report = verify_release(real_release(architecture)[0])
-    assert report.ok, report.failed
+    assert report.ok, report.checks
 
 
 def test_a_release_holds_the_files_of_a_triton_model_and_their_checksums(tiny_release: Path) -> None:
@@ -202,19 +202,11 @@ def test_a_complete_release_that_is_there_already_is_left_as_it_is(altered: Path
     assert {path: path.stat().st_mtime_ns for path in altered.rglob("*")} == before
 
 
-def test_what_a_killed_run_left_behind_is_replaced_with_progress_to_the_end(tmp_path: Path, tiny_release: Path) -> None:
+def test_what_a_killed_run_left_behind_is_replaced(tmp_path: Path, tiny_release: Path) -> None:
     partial = tmp_path / ".release.partial"
     (partial / "1").mkdir(parents=True)
     (partial / "1/model.onnx").write_bytes(b"half")
-    steps: list[tuple[int, int]] = []
-    write_release(
-        tmp_path / "release",
-        network=tiny(),
-        base=tiny_base(tmp_path / "base"),
-        lineage=lineage(),
-        progress=lambda done, total: steps.append((done, total)),
-    )
-    assert steps == [(done, len(steps)) for done in range(1, len(steps) + 1)]
+    write_release(tmp_path / "release", network=tiny(), base=tiny_base(tmp_path / "base"), lineage=lineage())
     assert not partial.exists()
     assert contents(tmp_path / "release") == contents(tiny_release)
 

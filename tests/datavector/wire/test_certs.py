@@ -13,7 +13,7 @@ from datavector.wire.certs import (
     init_authority,
     issue_aggregator,
     issue_hospital,
-    read_identity,
+    read_report,
 )
 
 
@@ -33,13 +33,13 @@ def check(folder, name="north", **changes):
 
 
 def test_a_hospitals_certificate_names_it_in_the_trust_domain(folder):
-    identity = read_identity((folder / "north.crt").read_bytes())
+    identity = read_report((folder / "north.crt").read_bytes()).identity
     assert identity == Identity("trial.example", "north")
     assert identity.uri == "spiffe://trial.example/hospital/north"
 
 
 def test_the_aggregators_certificate_names_no_hospital(folder):
-    assert read_identity((folder / "aggregator.crt").read_bytes()) == Identity("trial.example", None)
+    assert read_report((folder / "aggregator.crt").read_bytes()).identity == Identity("trial.example", None)
 
 
 def test_a_good_certificate_is_reported_with_its_days(folder):
@@ -100,4 +100,4 @@ def test_a_missing_or_unreadable_file_is_named(folder, tmp_path, part):
 
 def test_a_certificate_that_names_nobody_is_refused(folder):
     with pytest.raises(CertificateError, match="URI SAN"):
-        read_identity((folder / "ca.crt").read_bytes())
+        read_report((folder / "ca.crt").read_bytes())

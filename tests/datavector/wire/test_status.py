@@ -31,6 +31,9 @@ def test_an_error_with_arguments_of_its_own_arrives_as_itself():
     ("code", "kind"),
     [
         (grpc.StatusCode.UNAVAILABLE, Unreachable),
+        (grpc.StatusCode.CANCELLED, Unreachable),
+        (grpc.StatusCode.UNKNOWN, Unreachable),
+        (grpc.StatusCode.INTERNAL, Unreachable),
         (grpc.StatusCode.UNAUTHENTICATED, CertificateError),
         (grpc.StatusCode.UNIMPLEMENTED, Refused),
     ],
