@@ -125,7 +125,7 @@ def forward_with_moments(
     """
     own: dict[str, Moments] = {}
 
-    def measure(name: str, layer: Any, values: torch.Tensor) -> None:
+    def renew(name: str, layer: Any, values: torch.Tensor) -> None:
         own[name] = input_moments(values)
         pooled = exchange(name, own[name])
         if pooled.mean.shape != own[name].mean.shape:
@@ -140,7 +140,7 @@ def forward_with_moments(
     with ExitStack() as hooks:
         for name, layer in batchnorm_modules(network).items():
             handle = layer.register_forward_pre_hook(
-                lambda module, arguments, name=name: measure(name, module, arguments[0])
+                lambda module, arguments, name=name: renew(name, module, arguments[0])
             )
             hooks.callback(handle.remove)
         logits: torch.Tensor = network(inputs)

@@ -24,7 +24,7 @@ from aggregator.gate import Behaviour, Call, DenyList, Gate
 from aggregator.metrics import Metrics
 from aggregator.registry import Registry
 from aggregator.resources import MergePolicy, ModelVersion, Phase
-from aggregator.store import Store
+from aggregator.store import Store, find_bases
 from aggregator.uploads import Arrival, Uploads
 from datavector.errors import BaseModelError, CertificateError, NotFound, NotReady, ProtocolError, TryAgain, UsageError
 from datavector.files import sha256_file
@@ -425,9 +425,8 @@ class Receiver:
 
     async def _base_of(self, policy: MergePolicy) -> BaseModel | None:
         reference = policy.spec.base_model_ref
-        for base in self._bases.values():
-            if reference in (base.digest, base.name):
-                return base
+        if known := find_bases(self._bases.values(), reference):
+            return known[0]
         try:
             base = await asyncio.to_thread(self.store.base, reference)
         except BaseModelError:

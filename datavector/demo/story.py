@@ -243,5 +243,5 @@ def _run_controls(options: DemoOptions, study: Study, outcome: report.Report) ->
     outcome.controls["pooled"] = study.pooled(settings)
     outcome.controls["random"] = study.random(keep_head=False, seed=options.seed)
     outcome.controls["random_body"] = study.random(keep_head=True, seed=options.seed)
-    outcome.controls["no_restoration"] = study.no_restoration()
     outcome.calibrations = study.calibrations()
+    outcome.controls["no_restoration"] = outcome.calibrations["none"]

@@ -85,12 +85,8 @@ class Study:
         merged = self._merge(files, f"random-{keep_head}")
         return self._visited(merged)
 
-    def no_restoration(self) -> Score:
-        """The merged weights with the pretrained BatchNorm statistics."""
-        return self._score(self._network(self._merge(list(self.vectors.values()), "merged")))
-
     def calibrations(self) -> dict[str, Score]:
-        """The merged weights under each way to restore the statistics."""
+        """The merged weights under each way to restore the statistics; "none" keeps the pretrained ones."""
         merged = self._merge(list(self.vectors.values()), "merged")
         return {
             "visit": self._visited(merged),
