@@ -7,7 +7,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from agent.settings import AgentSettings
 from datavector.console import progress, say
 from datavector.errors import UsageError
 from datavector.files import fsync_folder, remove_leftovers
+from datavector.release.checksums import SUMS, compare_sums
 
 LEDGER = "ledger.jsonl"
 
@@ -133,12 +134,14 @@ def fetch_release(settings: AgentSettings, output: Path, verify: Callable[[Path]
 
 def _demand_replaceable(output: Path) -> None:
     """A folder may be replaced if it is empty, or a release with nothing else in it."""
-    sums = output / "SHA256SUMS"
-    listed = {line.partition("  ")[2] for line in sums.read_text().splitlines()} if sums.is_file() else set()
-    held = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-    if output.is_file() or (strange := sorted(held - listed - {sums.name})):
-        example = output.name if output.is_file() else strange[0]
-        raise UsageError(f"{output} holds other files ({example})", remedy="give an empty folder")
+    if output.is_file():
+        strange: Sequence[str] = [output.name]
+    elif (output / SUMS).is_file():
+        strange = compare_sums(output).extra
+    else:
+        strange = sorted(path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir())
+    if strange:
+        raise UsageError(f"{output} holds other files ({strange[0]})", remedy="give an empty folder")
 
 
 def print_ledger(state: Path, *, as_json: bool) -> None:

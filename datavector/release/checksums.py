@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +11,8 @@ from datavector.errors import ReleaseError
 from datavector.files import sha256_file
 
 SUMS = "SHA256SUMS"
+
+_LINE = re.compile(rb"([0-9a-f]{64})  ([^\n]+)\n")
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,7 @@ class Differences:
 
 def write_sums(folder: Path) -> None:
     """Lists every file under `folder`; write it last."""
-    lines = [f"{sha256_file(folder / name)}  {name}\n" for name in _files(folder)]
-    (folder / SUMS).write_bytes("".join(lines).encode())
+    (folder / SUMS).write_bytes(_written({name: sha256_file(folder / name) for name in _files(folder)}))
 
 
 def compare_sums(folder: Path) -> Differences:
@@ -54,12 +57,18 @@ def _files(folder: Path) -> list[str]:
 
 def _read_sums(folder: Path) -> dict[str, str]:
     try:
-        lines = [line.partition("  ") for line in (folder / SUMS).read_text(encoding="utf-8").splitlines()]
+        content = (folder / SUMS).read_bytes()
+        listed = {name.decode(): digest.decode() for digest, name in _LINE.findall(content)}
     except (OSError, UnicodeDecodeError) as error:
         raise ReleaseError(
             f"{folder / SUMS} cannot be read ({error})",
             remedy="give the folder of a release, or fetch the release again",
         ) from error
-    if not lines or any(len(digest) != 64 or not separator or not name for digest, separator, name in lines):
+    if not listed or content != _written(listed):
         raise ReleaseError(f"{folder / SUMS} is no list of SHA-256 checksums", remedy="fetch the release again")
-    return {name: digest for digest, _, name in lines}
+    return listed
+
+
+def _written(listed: Mapping[str, str]) -> bytes:
+    """The file's one form: a line that was added, altered or moved gives other bytes."""
+    return "".join(f"{listed[name]}  {name}\n" for name in sorted(listed)).encode()

@@ -61,6 +61,24 @@ def failure_of(release: Path) -> str:
     return "; ".join(f"{check.name}: {check.detail}" for check in report.checks if not check.ok)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda sums: sums[:-1] + b"\x0b",  # which str.splitlines takes for an end of line, sha256sum does not
+        lambda sums: sums[:-1],
+        lambda sums: b"".join(sorted(sums.splitlines(keepends=True), reverse=True)),
+        lambda sums: sums + sums.splitlines(keepends=True)[-1],
+        lambda sums: sums.upper(),
+    ],
+    ids=["another last byte", "no last byte", "another order", "a line twice", "capitals"],
+)
+def test_checksums_in_another_form_are_refused(change: Callable[[bytes], bytes], altered: Path) -> None:
+    sums = altered / "SHA256SUMS"
+    sums.write_bytes(change(sums.read_bytes()))
+    with pytest.raises(ReleaseError, match="no list of SHA-256 checksums"):
+        verify_release(altered)
+
+
 def test_a_missing_and_an_extra_file_are_named(altered: Path) -> None:
     (altered / "labels.txt").rename(altered / "etiquettes.txt")
     assert "missing: labels.txt; not listed: etiquettes.txt" in failure_of(altered)
