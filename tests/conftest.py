@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from agent.client import Client, Credentials
 from agent.ledger import Ledger
@@ -16,6 +17,10 @@ from tests.link import Link
 from tests.serving import Serving, make_base, make_settings, make_store, serve
 
 HOSPITALS = ("north", "south", "west")
+
+# On top of Hypothesis's own profiles: the one that it takes where CI is set draws the same examples every time.
+settings.register_profile("datavector", parent=settings.default, deadline=None)
+settings.load_profile("datavector")
 
 
 @pytest.fixture(scope="session")

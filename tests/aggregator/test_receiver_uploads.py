@@ -174,7 +174,7 @@ def test_a_stream_that_does_not_begin_with_its_announcement_is_refused(receiver,
         connect(receiver.address).send_upload(iter([first]))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=8),
     position=st.integers(min_value=0),
@@ -191,7 +191,7 @@ def test_whatever_byte_is_altered_in_whatever_division_it_is_refused(receiver, c
     assert not receiver.store.upload("north", info.sha256).exists()
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(sizes=st.lists(st.integers(0, 5000), min_size=1, max_size=8), cut=st.integers(0, 4200))
 def test_whatever_division_and_cut_the_stored_vector_is_the_sent_one(receiver, connect, vector, sizes, cut):
     data, info = vector

@@ -35,7 +35,7 @@ def test_an_untouched_release_verifies(tiny_release: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_one_flipped_bit_anywhere_is_found_and_its_file_named(name: str, altered: Path, data: st.DataObject) -> None:
     original = (altered / name).read_bytes()
