@@ -36,7 +36,7 @@ from datavector.errors import (
     WrongDigest,
     WrongHospital,
 )
-from datavector.files import disk_full_at, fsync_folder, sha256_file
+from datavector.files import disk_full_at, fsync, sha256_file
 from datavector.merge.batchnorm import Moments
 from datavector.wire.certs import Identity, check_certificate
 from datavector.wire.chunks import MAX_MESSAGE
@@ -199,7 +199,7 @@ class Client:
                 remedy="run it again; if it persists, the aggregator's copy is altered",
             )
         partial.replace(target)
-        fsync_folder(target.parent)
+        fsync(target.parent)
         return target
 
     def _fetch_rest(self, request: FetchRequest, info: FileInfo, partial: Path, on_progress: Progress | None) -> None:

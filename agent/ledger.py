@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from datavector.errors import UnreadableData
-from datavector.files import disk_full_at, fsync_folder
+from datavector.files import disk_full_at, fsync
 
 State = Literal["sending", "sent", "unconfirmed"]
 
@@ -89,7 +89,7 @@ class Ledger:
             finally:
                 os.close(descriptor)
         if fresh:
-            fsync_folder(self.path.parent)
+            fsync(self.path.parent)
 
 
 class Sending:

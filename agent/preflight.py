@@ -12,7 +12,7 @@ from agent.settings import AgentSettings
 from datavector.checks import check_records
 from datavector.data.records import Record, read_records
 from datavector.errors import BaseModelError, DataVectorError, DiskFull, ProtocolError, UsageError, WrongHospital
-from datavector.files import fsync_folder
+from datavector.files import fsync
 from datavector.model import FILES, BaseModel
 from datavector.wire.certs import check_certificate
 from datavector.wire.v1.exchange_pb2 import PolicyInfo
@@ -150,7 +150,7 @@ def base_model(settings: AgentSettings, client: Client, policy: PolicyInfo) -> t
             client.fetch(file, partial / file.name, base_digest=digest)
         BaseModel.load(partial, digest=digest)
         partial.rename(folder)
-        fsync_folder(folder.parent)
+        fsync(folder.parent)
     base = BaseModel.load(folder, digest=digest)
     return base, f"{base.architecture}, {len(base.classes)} classes, {digest[:19]}, {where}"
 

@@ -19,7 +19,7 @@ from agent.metrics import Metrics
 from agent.settings import AgentSettings
 from datavector.console import progress, say
 from datavector.errors import UsageError
-from datavector.files import fsync_folder, remove_leftovers
+from datavector.files import fsync, remove_leftovers
 from datavector.release.checksums import SUMS, compare_sums
 
 LEDGER = "ledger.jsonl"
@@ -127,7 +127,7 @@ def fetch_release(settings: AgentSettings, output: Path, verify: Callable[[Path]
     if output.exists():
         output.rename(old)
     partial.rename(output)
-    fsync_folder(output.parent)
+    fsync(output.parent)
     shutil.rmtree(old, ignore_errors=True)
     say(f"{output}: {release.version}")
 

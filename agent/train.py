@@ -29,7 +29,7 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from agent.recalibrate import own_statistics
+from agent.recalibrate import own_alone, recalibrate
 from datavector.data.images import ImageSet
 from datavector.errors import DataVectorError, Interrupted, NoImages, NotFinite, TrainingFailed, UsageError
 from datavector.files import atomic_write, canonical_json, write_json
@@ -529,8 +529,8 @@ def _finish(job: Job, train_set: ImageSet, val_set: ImageSet, device: torch.devi
         raise TrainingFailed(f"{job.folder / CHECKPOINT} is gone", remedy="train again")
     network = build(job.base).to(device)
     load_file(network, job.folder / BEST, job.base.layout)
-    measured = own_statistics(
-        network, job.base, train_set, max_images=BATCHNORM_IMAGES, seed=job.settings.seed, device=device
+    measured = recalibrate(
+        network, job.base, train_set, own_alone, max_images=BATCHNORM_IMAGES, seed=job.settings.seed, device=device
     )
     _write_weights(job.folder / TUNED, job.base, network)
     confusion = evaluate(network, job.base, val_set, device=device)

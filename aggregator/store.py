@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from datavector.errors import BaseModelError, NotFound
-from datavector.files import BLOCK, atomic_write, fsync_folder, remove_leftovers, write_json
+from datavector.files import BLOCK, atomic_write, fsync, remove_leftovers, write_json
 from datavector.merge.batchnorm import Moments
 from datavector.model import DESCRIPTION, FILES, BaseModel
 
@@ -90,7 +90,7 @@ class Store:
             if not (target / name).is_file():
                 with atomic_write(target / name) as copy, (source / name).open("rb") as original:
                     shutil.copyfileobj(original, copy, BLOCK)
-        fsync_folder(target.parent)
+        fsync(target.parent)
         return BaseModel.load(target, digest=base.digest)
 
     def bases(self) -> list[BaseModel]:
@@ -187,7 +187,7 @@ class Store:
         if target.is_dir():
             shutil.rmtree(target)
         partial.rename(target)
-        fsync_folder(target.parent)
+        fsync(target.parent)
 
     def visits(self, version: str) -> list[Visit]:
         """Sorted by hospital."""
@@ -212,7 +212,7 @@ class Store:
         for folder in (unfinished, self.release(version), self.version(version)):
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(folder)
-            fsync_folder(folder.parent)
+            fsync(folder.parent)
 
     def remove_leftovers(self, version: str) -> None:
         """Removes what killed jobs of a version left; none of them may be running.
@@ -225,7 +225,7 @@ class Store:
         path = self.blob(hospital, sha256)
         path.unlink(missing_ok=True)
         if path.parent.is_dir():
-            fsync_folder(path.parent)
+            fsync(path.parent)
 
     def _path(self, *parts: str) -> Path:
         for part in parts:

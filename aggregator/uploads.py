@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import re
 import shutil
 from collections.abc import Awaitable, Callable
@@ -31,7 +30,7 @@ from datavector.errors import (
     WrongDigest,
     WrongLayout,
 )
-from datavector.files import disk_full_at, fsync_folder, sha256_file
+from datavector.files import disk_full_at, fsync, sha256_file
 from datavector.model import BaseModel
 from datavector.vector import VectorScanner
 from datavector.wire.chunks import CHUNK, read_request
@@ -351,7 +350,7 @@ class Uploads:
     async def _commit(self, stream: Stream, arrival: Arrival, path: Path) -> DataVector:
         try:
             with disk_full_at(path):
-                await asyncio.to_thread(_fsync, path)
+                await asyncio.to_thread(fsync, path)
             return self._record(stream, arrival, path)
         finally:
             self._close(arrival, stream)
@@ -362,9 +361,9 @@ class Uploads:
         blob = self._store.blob(*arrival.key)
         if not blob.parent.is_dir():
             blob.parent.mkdir()
-            fsync_folder(blob.parent.parent)
+            fsync(blob.parent.parent)
         path.rename(blob)
-        fsync_folder(blob.parent)
+        fsync(blob.parent)
         return self._add(arrival)
 
     def _close(self, arrival: Arrival, stream: Stream) -> None:
@@ -388,11 +387,3 @@ def _holds(path: Path, sha256: str) -> bool:
         return sha256_file(path) == sha256
     except FileNotFoundError:
         return False
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

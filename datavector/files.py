@@ -42,7 +42,7 @@ def atomic_write(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def remove_leftovers(folder: Path, *, recursive: bool = True) -> None:
@@ -68,9 +68,9 @@ def disk_full_at(path: Path, *, needed: int | None = None) -> Iterator[None]:
         raise
 
 
-def fsync_folder(folder: Path) -> None:
-    """Makes renames and removals in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Makes a file's bytes durable, or the renames and removals in a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

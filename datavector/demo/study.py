@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from agent.recalibrate import forward_with_moments, recalibrate
+from agent.recalibrate import forward_with_moments, own_alone, recalibrate
 from agent.tasks import pooled_with
 from agent.train import TrainSettings, evaluate, train
 from datavector.data.images import ImageSet
@@ -112,7 +112,7 @@ class Study:
         """A meeting equals one pass over everybody's images together."""
         network = self._network(merged)
         everybody = _union(self.training.values())
-        moments, _ = forward_with_moments(network, preprocess(everybody.images, self.base.input), lambda _, own: own)
+        moments, _ = forward_with_moments(network, preprocess(everybody.images, self.base.input), own_alone)
         return self._restored(merged, moments)
 
     def _uploaded(self, merged: Path) -> Score:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datavector.errors import ReleaseError
-from datavector.files import disk_full_at, fsync_folder, write_json
+from datavector.files import disk_full_at, fsync, write_json
 from datavector.model import BaseModel
 from datavector.release.card import model_card, triton_config
 from datavector.release.checksums import SUMS, compare_sums, write_sums
@@ -62,7 +61,7 @@ def write_release(
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        fsync_folder(output.parent)
+        fsync(output.parent)
     return output
 
 
@@ -135,9 +134,5 @@ def _demand_one_line(classes: tuple[str, ...]) -> None:
 
 def _make_durable(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
-        if path.is_dir():
-            fsync_folder(path)
-            continue
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    fsync_folder(folder)
+        fsync(path)
+    fsync(folder)

@@ -4,14 +4,17 @@ import numpy as np
 import pytest
 import torch
 
-from agent.recalibrate import affordable_images, choose_images, forward_with_moments, input_moments, own_statistics
+from agent.recalibrate import (
+    affordable_images,
+    choose_images,
+    forward_with_moments,
+    input_moments,
+    own_alone,
+    recalibrate,
+)
 from datavector.errors import WrongLayout
 from datavector.merge.batchnorm import Moments, pool
 from datavector.networks import batchnorm_modules, build, export_tensors, preprocess
-
-
-def no_exchange(_, own):
-    return own
 
 
 def train_mode_pass(base, images):
@@ -25,7 +28,7 @@ def train_mode_pass(base, images):
 
 def test_a_pass_equals_torchs_own_batch_normalisation(base, train_set):
     network = build(base)
-    moments, logits = forward_with_moments(network, preprocess(train_set.images, base.input), no_exchange)
+    moments, logits = forward_with_moments(network, preprocess(train_set.images, base.input), own_alone)
     torch.testing.assert_close(logits, train_mode_pass(base, train_set.images), rtol=0, atol=1e-4)
     assert list(moments) == list(batchnorm_modules(network))
     with torch.no_grad():
@@ -57,7 +60,7 @@ def test_a_meeting_of_unequal_shifted_sites_equals_one_pass_over_all_images(base
 
 
 def test_a_visitor_normalises_with_what_earlier_ones_left(base, sites):
-    earlier, _ = forward_with_moments(build(base), preprocess(sites[0].images, base.input), no_exchange)
+    earlier, _ = forward_with_moments(build(base), preprocess(sites[0].images, base.input), own_alone)
     network = build(base)
     own, _ = forward_with_moments(
         network, preprocess(sites[1].images, base.input), lambda layer, fresh: pool([fresh, earlier[layer]])
@@ -72,7 +75,7 @@ def test_a_visitor_normalises_with_what_earlier_ones_left(base, sites):
 def test_nothing_but_the_statistics_changes(base, train_set):
     network = build(base)
     before = export_tensors(network)
-    forward_with_moments(network, preprocess(train_set.images, base.input), no_exchange)
+    forward_with_moments(network, preprocess(train_set.images, base.input), own_alone)
     after = export_tensors(network)
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
     assert changed
@@ -96,8 +99,8 @@ def test_an_answer_for_another_layer_is_refused(base, train_set):
 
 
 def test_a_limit_uses_that_many_images_and_always_the_same(base, train_set):
-    first = own_statistics(build(base), base, train_set, max_images=7, seed=3)
-    second = own_statistics(build(base), base, train_set, max_images=7, seed=3)
+    first = recalibrate(build(base), base, train_set, own_alone, max_images=7, seed=3)
+    second = recalibrate(build(base), base, train_set, own_alone, max_images=7, seed=3)
     assert first.images == 7
     assert torch.equal(first.logits, second.logits)
     assert choose_images(5, 9, 0).tolist() == [0, 1, 2, 3, 4]
