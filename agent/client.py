@@ -246,11 +246,13 @@ class Client:
             )
 
     @contextmanager
-    def meet(self, task: Task, *, images: int) -> Iterator[Meeting]:
+    def meet(self, task: Task, *, images: int, wait_seconds: int = 0) -> Iterator[Meeting]:
         """Joins a meeting, waits until it starts, and ends it properly when the block ends.
 
+        Args:
+            wait_seconds: longest wait for the quorum; 0 for as long as the version wants its calibration.
         Raises:
-            TryAgain: too few hospitals are left; join again.
+            TryAgain: too few hospitals came in time or are left; join again.
             Unreachable: the connection broke; join again.
             NotFound: the meeting took place without this hospital.
         """
@@ -260,7 +262,7 @@ class Client:
             try:
                 with self.streaming(call):
                     meeting = Meeting(call, requests, sending)
-                    meeting.join(MeetJoin(task_id=task.id, images=images))
+                    meeting.join(MeetJoin(task_id=task.id, images=images, wait_seconds=wait_seconds))
                     yield meeting
                     meeting.finish()
             finally:

@@ -186,6 +186,7 @@ def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
         load_images=lambda: _load_images(site.settings, ready, site.metrics)[0],
         metrics=site.metrics,
         show=say,
+        meeting_wait_seconds=0 if until_stopped else site.settings.tasks.meeting_wait_seconds,
     )
     while True:
         pause = server.serve_waiting()

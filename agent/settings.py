@@ -58,10 +58,12 @@ class Tasks(Section):
     Attributes:
         recalibrate: BatchNorm moments of a merged model (docs/batchnorm.md).
         max_images: most images used for it.
+        meeting_wait_seconds: how long `--tasks-only` waits in a meeting for the quorum.
     """
 
     recalibrate: bool = True
     max_images: int = Field(default=1024, ge=1)
+    meeting_wait_seconds: int = Field(default=600, ge=1, le=86400)
 
 
 class AgentSettings(Section):

@@ -28,6 +28,7 @@ class TaskServer:
 
     Attributes:
         load_images: the hospital's training images; called once, when the first task needs them.
+        meeting_wait_seconds: longest wait for a meeting's quorum; 0 for as long as it is wanted.
     """
 
     settings: AgentSettings
@@ -36,6 +37,7 @@ class TaskServer:
     load_images: Callable[[], ImageSet]
     metrics: Metrics
     show: Callable[[str], None]
+    meeting_wait_seconds: int
 
     def serve_waiting(self) -> float:
         """Serves what is waiting now.
@@ -74,7 +76,7 @@ class TaskServer:
         most = self.settings.tasks.max_images
         images = images_in_memory(network, self.base, self.load_images(), max_images=most, device=device)
         if kind == "meeting":
-            with self.client.meet(task, images=len(images)) as meeting:
+            with self.client.meet(task, images=len(images), wait_seconds=self.meeting_wait_seconds) as meeting:
                 measure(network, self.base, images, meeting.pool, device=device)
         else:
             others = self.client.begin_visit(task)

@@ -12,6 +12,7 @@ from aggregator.store import OpenCalibration, Store, Visit
 from datavector.errors import NotFound, ProtocolError
 from datavector.merge.batchnorm import Moments, pool_layers
 from datavector.model import BaseModel
+from datavector.wire.v1.exchange_pb2 import MeetJoin
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,9 @@ class Calibrations:
             self._saved(offer.calibration, 1)
         return self._waiting_for(task_id)
 
-    async def meet(self, hospital: str, offer: Offer, base: BaseModel, images: int, read: Read, write: Write) -> None:
+    async def meet(
+        self, hospital: str, offer: Offer, base: BaseModel, join: MeetJoin, read: Read, write: Write
+    ) -> None:
         """Takes a hospital through the next meeting of a version; see `Room.attend`."""
         calibration = offer.calibration
         room = self._rooms.get(calibration.version)
@@ -147,7 +150,7 @@ class Calibrations:
                 save=lambda visits: self._save_meeting(calibration, visits),
             )
         try:
-            await room.attend(hospital, images, read, write)
+            await room.attend(hospital, join.images, join.wait_seconds, read, write)
         finally:
             if room.empty and self._rooms.get(calibration.version) is room:
                 del self._rooms[calibration.version]

@@ -8,6 +8,7 @@ stalls drops out from that layer on; below the quorum everybody starts again.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -95,11 +96,13 @@ class Room:
     def empty(self) -> bool:
         return not self._waiting and not self._present
 
-    async def attend(self, hospital: str, images: int, read: Read, write: Write) -> None:
+    async def attend(self, hospital: str, images: int, wait_seconds: int, read: Read, write: Write) -> None:
         """Takes a hospital through the next meeting.
 
+        Args:
+            wait_seconds: longest wait for the meeting's start; 0 for as long as the version wants it.
         Raises:
-            TryAgain: it stalled, or too few hospitals are left.
+            TryAgain: no meeting started in time, it stalled, or too few hospitals are left.
             NotFound: the version no longer wants it, or the meeting took place without this hospital.
             ProtocolError: what it sends are not the moments of the layer at which the others are.
         """
@@ -110,7 +113,7 @@ class Room:
                 try:
                     start = seat.step
                     self._join(seat)
-                    await self._until(start)
+                    await self._until(start, wait_seconds)
                     await write(MeetReply(start=MeetStart(hospitals=sorted(self._present))))
                     while len(seat.given) < len(self._channels):
                         seat.check()
@@ -136,11 +139,18 @@ class Room:
         self._waiting[seat.hospital] = seat
         self._consider_start()
 
-    async def _until(self, start: asyncio.Future[Moments | None]) -> None:
+    async def _until(self, start: asyncio.Future[Moments | None], wait_seconds: int) -> None:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + (wait_seconds or math.inf)
         while not start.done():
             if not self._wanted():
                 raise _unwanted()
-            await asyncio.wait([start], timeout=self._poll)
+            if loop.time() >= deadline:
+                raise TryAgain(
+                    f"{len(self._waiting)} of {self._calibration.quorum} hospitals came within {wait_seconds} s",
+                    remedy="agree on a time and join again",
+                )
+            await asyncio.wait([start], timeout=min(self._poll, deadline - loop.time()))
 
     def _read_layer(self, seat: Seat, message: MeetRequest | None) -> tuple[str, Moments]:
         if message is None or message.WhichOneof("part") != "layer" or message.layer.layer in seat.given:

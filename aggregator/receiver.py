@@ -404,7 +404,7 @@ class Receiver:
         if not offer.is_meeting or join.images < 1:
             raise ProtocolError(f"{join.task_id!r} is no meeting, or no image is used", remedy="ask for tasks again")
         base = await self._base(offer.calibration.base_digest)
-        await self._calibrations.meet(call.hospital, offer, base, join.images, call.read, call.write)
+        await self._calibrations.meet(call.hospital, offer, base, join, call.read, call.write)
 
     async def _task_base(self, hospital: str, task_id: str) -> BaseModel:
         return await self._base(self._calibrations.calibration(hospital, task_id).base_digest)

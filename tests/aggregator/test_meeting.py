@@ -187,10 +187,10 @@ def test_a_visit_is_stored_whole_or_not_at_all(receiver, ask, task_of, messages)
 # --- Meetings -------------------------------------------------------------------------------------------------
 
 
-def attend(client, task, seed, *, images, gone_at="", step=None):
+def attend(client, task, seed, *, images, gone_at="", step=None, **options):
     """A hospital's forward pass: its moments of each layer out, pooled ones back. `gone_at`: leaves there."""
     pooled = {}
-    with client.meet(task, images=images) as meeting:
+    with client.meet(task, images=images, **options) as meeting:
         for layer, values in own(seed).items():
             if layer == gone_at:
                 client.interrupt()
@@ -236,6 +236,15 @@ def test_a_meeting_needs_its_quorum_and_waits_a_little_for_the_rest(start_receiv
     for future in together(*seats):
         assert future.result()[1].hospitals == ("north", "south")
     assert not connect(receiver.address, "west").list_tasks().tasks
+
+
+def test_who_does_not_want_to_wait_longer_is_told_how_many_came_and_the_others_wait_on(ask, task_of):
+    ask("meeting", hospitals=("north", "south"), quorum=2)
+    north, south = task_of("north"), task_of("south")
+    with pytest.raises(TryAgain, match="1 of 2 hospitals came within 1 s"):
+        attend(*north, 10, images=1, wait_seconds=1)
+    both = together(((*north, 10), {"images": 1}), ((*south, 20), {"images": 1, "wait_seconds": 600}))
+    assert [future.exception() for future in both] == [None, None]
 
 
 def test_a_hospital_that_is_lost_drops_out_from_that_layer_on(receiver, ask, task_of):

@@ -231,12 +231,14 @@ class MeetRequest(_message.Message):
     def __init__(self, join: _Optional[_Union[MeetJoin, _Mapping]] = ..., layer: _Optional[_Union[LayerMoments, _Mapping]] = ...) -> None: ...
 
 class MeetJoin(_message.Message):
-    __slots__ = ("task_id", "images")
+    __slots__ = ("task_id", "images", "wait_seconds")
     TASK_ID_FIELD_NUMBER: _ClassVar[int]
     IMAGES_FIELD_NUMBER: _ClassVar[int]
+    WAIT_SECONDS_FIELD_NUMBER: _ClassVar[int]
     task_id: str
     images: int
-    def __init__(self, task_id: _Optional[str] = ..., images: _Optional[int] = ...) -> None: ...
+    wait_seconds: int
+    def __init__(self, task_id: _Optional[str] = ..., images: _Optional[int] = ..., wait_seconds: _Optional[int] = ...) -> None: ...
 
 class MeetReply(_message.Message):
     __slots__ = ("start", "pooled", "done")
