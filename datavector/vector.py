@@ -18,6 +18,8 @@ from datavector.files import sha256_file
 from datavector.layout import FLOAT, FloatArray, Layout, TensorFile, write_tensors
 from datavector.model import BaseModel
 
+LARGEST = 1e12  # beyond what any training gives, and sums of it stay finite
+
 
 def write_vector(path: Path, base: BaseModel, tuned: Mapping[str, FloatArray]) -> str:
     """Writes theta_ft - theta_pre for every tensor of `base`.
@@ -64,7 +66,7 @@ class VectorScanner:
 
         Raises:
             WrongLayout: the header differs, or the file is too long.
-            NotFinite: a value is NaN or infinite.
+            NotFinite: a value is NaN, infinite or beyond LARGEST.
         """
         header, begin = self.layout.header, self.offset
         self.offset += len(chunk)
@@ -101,9 +103,10 @@ class VectorScanner:
             payload = memoryview(self._carry + bytes(payload))
         whole = len(payload) - len(payload) % FLOAT.itemsize
         self._carry = bytes(payload[whole:])
-        if not np.isfinite(np.frombuffer(payload[:whole], dtype=FLOAT)).all():
+        values = np.frombuffer(payload[:whole], dtype=FLOAT)
+        if not -LARGEST <= values.min(initial=0.0) <= values.max(initial=0.0) <= LARGEST:  # a NaN is in no order
             raise NotFinite(
-                f"the vector holds NaN or infinity before byte {self.offset}",
+                f"the vector holds NaN, infinity or a value beyond {LARGEST:g} before byte {self.offset}",
                 remedy="training diverged: lower learning_rate and train again",
             )
 

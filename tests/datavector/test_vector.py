@@ -55,7 +55,7 @@ def test_every_altered_byte_of_the_header_is_refused(position, change, cuts):
 def test_a_value_that_is_not_finite_is_refused_wherever_it_is_and_however_it_is_cut(position, bad, cuts):
     values = VALUES.copy()
     values[position] = bad
-    with pytest.raises(NotFinite, match="holds NaN or infinity"):
+    with pytest.raises(NotFinite, match="holds NaN, infinity or a value beyond"):
         scan(LAYOUT.header + values.tobytes(), cuts)
 
 
