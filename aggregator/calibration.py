@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from aggregator.meeting import Read, Room, Write
 from aggregator.metrics import Metrics
-from aggregator.resources import CalibrationMode
-from aggregator.store import OpenCalibration, Store, Visit
+from aggregator.reconcile import quorum
+from aggregator.registry import Registry
+from aggregator.resources import MOST_IMAGES, CalibrationMode, Phase
+from aggregator.store import Store, Visit
 from datavector.errors import NotFound, ProtocolError
 from datavector.merge.batchnorm import Moments, pool_layers
 from datavector.model import BaseModel
 from datavector.wire.v1.exchange_pb2 import MeetJoin
+
+
+@dataclass(frozen=True)
+class OpenCalibration:
+    """What a version wants from hospitals while it is Calibrating.
+
+    Attributes:
+        hospitals: whose vectors are merged; only they are asked.
+        quorum: how many must take part.
+        rounds: visits per hospital.
+    """
+
+    version: str
+    base_digest: str
+    mode: CalibrationMode
+    hospitals: tuple[str, ...]
+    quorum: int
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -28,7 +48,7 @@ class Offer:
 
     @property
     def is_meeting(self) -> bool:
-        return self.calibration.mode == CalibrationMode.MEETING
+        return self.calibration.mode is CalibrationMode.MEETING
 
 
 def batchnorm_channels(base: BaseModel) -> dict[str, int]:
@@ -37,7 +57,7 @@ def batchnorm_channels(base: BaseModel) -> dict[str, int]:
 
 
 class Calibrations:
-    """The open calibrations of a store.
+    """The open calibrations: those of versions that are Calibrating, under a policy that is there.
 
     Args:
         wake: called after every stored visit and meeting.
@@ -46,24 +66,24 @@ class Calibrations:
     def __init__(
         self,
         store: Store,
+        registry: Registry,
         metrics: Metrics,
         wake: Callable[[], None],
         *,
         grace_seconds: float,
-        idle_timeout_seconds: float,
         poll_seconds: float,
     ) -> None:
         self._store = store
+        self._registry = registry
         self._metrics = metrics
         self._wake = wake
         self._grace = grace_seconds
-        self._idle_timeout = idle_timeout_seconds
         self._poll = poll_seconds
         self._rooms: dict[str, Room] = {}
 
     def offers(self, hospital: str) -> Iterator[Offer]:
         """What waits for a hospital: in a visit its next round, once a quorum has done the one before."""
-        for calibration in self._store.open_calibrations():
+        for calibration in self._open():
             if hospital not in calibration.hospitals:
                 continue
             done = self._store.rounds(calibration.version)
@@ -94,59 +114,67 @@ class Calibrations:
             NotFound: the task does not wait for this hospital (any more).
             ProtocolError: it is a meeting.
         """
-        calibration = self.offer(hospital, task_id).calibration
-        _demand_visits(calibration)
-        others = [visit.moments for visit in self._store.visits(calibration.version) if visit.hospital != hospital]
+        offer = self.offer(hospital, task_id)
+        _demand_visit(offer)
+        others = [
+            visit.moments for visit in self._store.visits(offer.calibration.version) if visit.hospital != hospital
+        ]
         return pool_layers(others)
 
-    def calibration(self, hospital: str, task_id: str) -> OpenCalibration:
-        """The open calibration of a task that waits for this hospital or that it has finished.
+    def visit(self, hospital: str, task_id: str) -> Offer:
+        """The visit of that name, whether it waits for this hospital or was finished before.
 
         Raises:
-            NotFound: there is none.
+            NotFound: its calibration is not open, or this visit is not the hospital's.
+            ProtocolError: it is a meeting.
         """
-        for calibration in self._store.open_calibrations():
-            if calibration.version == task_id.rpartition(".")[0] and hospital in calibration.hospitals:
-                return calibration
+        version, _, number = task_id.rpartition(".")
+        for calibration in self._open():
+            if calibration.version == version and hospital in calibration.hospitals and number.isdecimal():
+                offer = Offer(calibration, int(number))
+                _demand_visit(offer)
+                return offer
         raise _not_waiting(hospital, task_id)
 
-    def complete(self, hospital: str, task_id: str, base: BaseModel, images: int, moments: dict[str, Moments]) -> str:
-        """Stores a visit.
+    def complete(self, hospital: str, offer: Offer, base: BaseModel, images: int, moments: dict[str, Moments]) -> str:
+        """Stores a visit; one that was finished before stays as it is, since its answer may have got lost.
 
         Returns:
             What the calibration still waits for, as a sentence.
 
         Raises:
             NotFound: the task is no longer wanted.
-            ProtocolError: it is a meeting, layers are missing, or no image was used.
+            ProtocolError: layers are missing, or no image was used.
         """
-        _demand_visits(self.calibration(hospital, task_id))
-        if not self._is_done(hospital, task_id):
-            offer = self.offer(hospital, task_id)
+        version = offer.calibration.version
+        if not 1 <= offer.round <= self._store.rounds(version).get(hospital, 0):
+            offer = self.offer(hospital, offer.id)
             if missing := sorted(set(base.batchnorm_layers) - set(moments)):
                 raise ProtocolError(
                     f"a visit lacks {len(missing)} layers, such as {missing[0]!r}", remedy="visit again"
                 )
-            if images < 1:
-                raise ProtocolError("a visit used no image", remedy="check the images and visit again")
-            self._store.save_visit(offer.calibration.version, Visit(hospital, images, offer.round, moments))
+            demand_images(images)
+            self._store.save_visit(version, Visit(hospital, images, offer.round, moments))
             self._saved(offer.calibration, 1)
-        return self._waiting_for(task_id)
+        done = self._store.rounds(version)
+        missing = [name for name in offer.calibration.hospitals if done.get(name, 0) < offer.round]
+        return f"round {offer.round}: " + (f"waiting for {', '.join(missing)}" if missing else "complete")
 
     async def meet(
         self, hospital: str, offer: Offer, base: BaseModel, join: MeetJoin, read: Read, write: Write
     ) -> None:
         """Takes a hospital through the next meeting of a version; see `Room.attend`."""
         calibration = offer.calibration
+        demand_images(join.images)
         room = self._rooms.get(calibration.version)
         if room is None:
             room = self._rooms[calibration.version] = Room(
-                calibration,
+                len(calibration.hospitals),
+                calibration.quorum,
                 batchnorm_channels(base),
                 grace_seconds=self._grace,
-                idle_timeout_seconds=self._idle_timeout,
                 poll_seconds=self._poll,
-                wanted=lambda: calibration in self._store.open_calibrations(),
+                wanted=lambda: calibration in self._open(),
                 save=lambda visits: self._save_meeting(calibration, visits),
             )
         try:
@@ -155,33 +183,42 @@ class Calibrations:
             if room.empty and self._rooms.get(calibration.version) is room:
                 del self._rooms[calibration.version]
 
-    def _is_done(self, hospital: str, task_id: str) -> bool:
-        """Whether a hospital has finished this visit before: an answer that got lost is given again."""
-        number = task_id.rpartition(".")[2]
-        done = self._store.rounds(self.calibration(hospital, task_id).version)
-        return number.isdecimal() and 0 < int(number) <= done.get(hospital, 0)
+    def _open(self) -> Iterator[OpenCalibration]:
+        policies = {policy.name: policy.spec for policy in self._registry.policies()}
+        for version in self._registry.versions():
+            policy = policies.get(version.spec.policy_ref)
+            if policy is not None and version.status.phase is Phase.CALIBRATING:
+                yield OpenCalibration(
+                    version=version.name,
+                    base_digest=version.spec.base_model_ref,
+                    mode=version.spec.calibration.mode,
+                    hospitals=version.hospitals,
+                    quorum=quorum(policy.calibration, version),
+                    rounds=version.spec.calibration.visits,
+                )
 
     def _save_meeting(self, calibration: OpenCalibration, visits: list[Visit]) -> None:
         self._store.save_meeting(calibration.version, visits)
         self._saved(calibration, len(visits))
 
     def _saved(self, calibration: OpenCalibration, visits: int) -> None:
-        self._metrics.visits.labels(calibration.mode).inc(visits)
+        self._metrics.visits.labels(calibration.mode.value).inc(visits)
         self._wake()
 
-    def _waiting_for(self, task_id: str) -> str:
-        version, _, number = task_id.rpartition(".")
-        done: Mapping[str, int] = self._store.rounds(version)
-        for calibration in self._store.open_calibrations():
-            if calibration.version == version:
-                missing = [name for name in calibration.hospitals if done.get(name, 0) < int(number)]
-                return f"round {number}: waiting for {', '.join(missing)}" if missing else f"round {number} is complete"
-        return f"{version} waits for nobody"
+
+def demand_images(images: int) -> None:
+    """
+    Raises:
+        ProtocolError: a hospital says that it used no image, or more than there can be.
+    """
+    if not 1 <= images <= MOST_IMAGES:
+        raise ProtocolError(f"{images} images were used", remedy="check the images and run the task again")
 
 
-def _demand_visits(calibration: OpenCalibration) -> None:
-    if calibration.mode == CalibrationMode.MEETING:
-        raise ProtocolError(f"{calibration.version!r} is calibrated in a meeting", remedy="ask for tasks again")
+def _demand_visit(offer: Offer) -> None:
+    if offer.is_meeting:
+        version = offer.calibration.version
+        raise ProtocolError(f"{version!r} is calibrated in a meeting", remedy="ask for tasks again")
 
 
 def _not_waiting(hospital: str, task_id: str) -> NotFound:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
 from aggregator.reconcile import (
+    EXIT_PASSING,
     Action,
-    AskHospitals,
     Base,
     CreateVersion,
     EraseBlob,
@@ -23,25 +24,28 @@ from aggregator.reconcile import (
     RunJob,
     Save,
     Stage,
-    StopAsking,
     StopJob,
     WakeAt,
     World,
-    erasures,
+    abandon,
+    eligible,
     explain,
+    job_failed,
     plan,
     sweep,
 )
 from aggregator.registry import Registry
 from aggregator.resources import MergePolicy, ModelVersion, utc_now
-from aggregator.store import OpenCalibration, Store, find_bases
+from aggregator.store import Store, find_bases
 from datavector.errors import DataVectorError
 
 log = logging.getLogger(__name__)
 
 STAGES: tuple[Stage, ...] = ("merge", "release")
 SETTLE_ROUNDS = 100
-PAUSE_SECONDS = 10  # after a full disk or the like
+PAUSE = timedelta(seconds=10)  # after a full disk or the like
+JOBS_AT_ONCE = 2  # a release takes a core and some GB for some seconds
+ORPHANS = "versions without a policy"
 
 
 class Reconciler:
@@ -57,6 +61,7 @@ class Reconciler:
         self.on_settled = on_settled
         self._changed = asyncio.Event()
         self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._free_to_run = asyncio.Semaphore(JOBS_AT_ONCE)
         self._bases = store.bases()
 
     def wake(self) -> None:
@@ -71,9 +76,8 @@ class Reconciler:
                 try:
                     next_time = self.reconcile()
                 except Exception as error:  # withdrawals must still arrive, so nothing here ends the receiver
-                    foreseen = isinstance(error, (DataVectorError, OSError))
-                    log.error("%s; trying again in %d seconds", error, PAUSE_SECONDS, exc_info=not foreseen)
-                    next_time = utc_now() + timedelta(seconds=PAUSE_SECONDS)
+                    _log_fault(error)
+                    next_time = utc_now() + PAUSE
                 timeout = None if next_time is None else max((next_time - utc_now()).total_seconds(), 0.0)
                 try:
                     await asyncio.wait_for(self._changed.wait(), timeout)
@@ -86,33 +90,26 @@ class Reconciler:
             await asyncio.gather(*jobs, return_exceptions=True)
 
     def reconcile(self) -> datetime | None:
-        """Plans and carries out until settled.
+        """Plans and carries out until settled. A fault stops what it concerns, and is logged; all else goes on.
 
         Returns:
             When to look again though nothing changes; None for never.
         """
+        faults: dict[str, Exception] = {}
         for _ in range(SETTLE_ROUNDS):
-            now = utc_now()
-            worlds = [self.observe(policy) for policy in self.registry.policies()]
-            actions = [action for world in worlds for action in plan(world, now)]
-            actions += sweep(worlds, self.registry.vectors(), now)
-            actions += self._clear_orphans()
-            todo = [action for action in actions if not isinstance(action, WakeAt) and not self._is_stopping(action)]
-            if not todo:
-                self.on_settled({world.policy.name: explain(world, now) for world in worlds})
-                return min((action.time for action in actions if isinstance(action, WakeAt)), default=None)
-            for action in todo:
-                self._carry_out(action)
+            tracks = self._tracks(faults)
+            todo = {name: [action for action in actions if self._is_due(action)] for name, actions in tracks.items()}
+            if not any(todo.values()):
+                self._settle(faults)
+                times = [action.time for actions in tracks.values() for action in actions if isinstance(action, WakeAt)]
+                return min([*times, *(utc_now() + PAUSE for _ in faults)], default=None)
+            for name, actions in todo.items():
+                try:
+                    for action in actions:
+                        self._carry_out(action)
+                except Exception as error:
+                    faults[name] = error
         raise RuntimeError(f"still not settled after {SETTLE_ROUNDS} rounds: {todo}")
-
-    def _clear_orphans(self) -> list[Action]:
-        """What is to be erased of versions whose policy is gone: a withdrawal reaches them too."""
-        policies = {policy.name for policy in self.registry.policies()}
-        orphans = [version for version in self.registry.versions() if version.spec.policy_ref not in policies]
-        return erasures(orphans, running=frozenset(self._jobs), on_disk=self._on_disk(orphans))
-
-    def _on_disk(self, versions: Iterable[ModelVersion]) -> frozenset[str]:
-        return frozenset(version.name for version in versions if self.store.has_version(version.name))
 
     def explain(self, policy: MergePolicy) -> str:
         """What a policy waits for now, as a sentence."""
@@ -131,8 +128,56 @@ class Reconciler:
             reports={key: report for key, report in reports.items() if report is not None},
             visits={name: self.store.rounds(name) for name in names},
             running=frozenset(self._jobs),
-            on_disk=self._on_disk(versions),
         )
+
+    # --- Parts of a round
+
+    def _tracks(self, faults: dict[str, Exception]) -> dict[str, list[Action]]:
+        """What is to be done now, in parts that do not depend on each other, each under a name.
+
+        Erasing comes first: it may make the room that the rest needs.
+
+        Args:
+            faults: of the parts that failed, which are left out; those of policies that cannot be observed are added.
+        """
+        now, policies, versions = utc_now(), self.registry.policies(), self.registry.versions()
+        worlds = []
+        for policy in policies:
+            try:
+                worlds.append(self.observe(policy))
+            except Exception as error:
+                faults[policy.name] = error
+        tracks: dict[str, list[Action]] = {}
+        if len(worlds) == len(policies):  # else nobody knows what is still wanted
+            wanted = frozenset(vector.name for world in worlds for vector in eligible(world))
+            running, on_disk = frozenset(self._jobs), self._on_disk(versions)
+            erasing = sweep(versions, self.registry.vectors(), wanted, running=running, on_disk=on_disk, now=now)
+            tracks |= {_subject(action): [action] for action in erasing}
+        names = {policy.name for policy in policies}
+        tracks[ORPHANS] = abandon((version for version in versions if version.spec.policy_ref not in names), now)
+        tracks |= {world.policy.name: plan(world, now) for world in worlds}
+        return {name: actions for name, actions in tracks.items() if name not in faults}
+
+    def _is_due(self, action: Action) -> bool:
+        """Whether there is something to do; a job that was stopped counts as running until its process has ended."""
+        stopping = isinstance(action, StopJob) and self._jobs[action.version].cancelling() > 0
+        return not stopping and not isinstance(action, WakeAt)
+
+    def _settle(self, faults: Mapping[str, Exception]) -> None:
+        """Logs what went wrong, and tells what the policies wait for."""
+        for error in faults.values():
+            _log_fault(error)
+        self.on_settled(
+            {
+                policy.name: f"stopped by an error: {faults[policy.name]}"
+                if policy.name in faults
+                else self.explain(policy)
+                for policy in self.registry.policies()
+            }
+        )
+
+    def _on_disk(self, versions: Iterable[ModelVersion]) -> frozenset[str]:
+        return frozenset(version.name for version in versions if self.store.has_version(version.name))
 
     def _base(self, policy: MergePolicy) -> Base | None:
         match find_bases(self._bases, policy.spec.base_model_ref):
@@ -154,14 +199,11 @@ class Reconciler:
                 self._start_job(version, stage)
             case StopJob(version):
                 self._jobs[version].cancel()
-            case AskHospitals(version, quorum):
-                self.store.open_calibration(_calibration(version, quorum))
-            case StopAsking(version):
-                self.store.close_calibration(version)
             case EraseVersion(version):
                 self.store.erase_version(version)
             case EraseBlob(vector):
                 self.store.erase_blob(vector.spec.hospital, vector.spec.artifact.digest)
+                self.registry.save(vector)
                 log.info("%s: erased", vector.name)
 
     # --- Jobs
@@ -173,39 +215,41 @@ class Reconciler:
 
     async def _run_job(self, name: str, stage: Stage) -> None:
         try:
-            if message := await run_job(self.store.root, name, stage):
-                self._record_failure(name, stage, message)
+            async with self._free_to_run:
+                failure = await run_job(self.store.root, name, stage)
+            if failure:
+                self._record_failure(name, stage, failure)
         except Exception:  # the failure is not on record, so nothing else keeps the job from starting again at once
-            log.exception("%s: %s could not be run; trying again in %d seconds", name, stage, PAUSE_SECONDS)
-            await asyncio.sleep(PAUSE_SECONDS)
+            log.exception("%s: %s could not be run; trying again in %d seconds", name, stage, PAUSE.seconds)
+            await asyncio.sleep(PAUSE.seconds)
 
     def _job_ended(self, name: str) -> None:
         del self._jobs[name]
         self.wake()
 
-    def _is_stopping(self, action: Action) -> bool:
-        """Whether an action is done but for its process's end, until which the version counts as running."""
-        return isinstance(action, StopJob) and self._jobs[action.version].cancelling() > 0
-
-    def _record_failure(self, name: str, stage: Stage, message: str) -> None:
-        log.warning("%s: %s failed: %s", name, stage, message)
+    def _record_failure(self, name: str, stage: Stage, failure: Failure) -> None:
+        log.warning("%s: %s failed: %s", name, stage, failure.message)
         version = self._version(name)
-        if not version.status.phase.unfinished:
-            return
-        attempts = version.status.attempts + 1
-        retry_at = utc_now() + timedelta(seconds=2.0**attempts)
-        status = version.status.model_copy(update={"attempts": attempts, "message": message, "retry_at": retry_at})
-        self.registry.save(version.model_copy(update={"status": status}))
+        if version.status.phase.unfinished:
+            self.registry.save(job_failed(version, failure.message, passing=failure.passing, now=utc_now()))
 
     def _version(self, name: str) -> ModelVersion:
         return next(version for version in self.registry.versions() if version.name == name)
 
 
-async def run_job(store: Path, version: str, stage: Stage) -> str:
+@dataclass(frozen=True)
+class Failure:
+    """Why a job failed, as a sentence, and whether for a reason that may pass by itself."""
+
+    message: str
+    passing: bool
+
+
+async def run_job(store: Path, version: str, stage: Stage) -> Failure | None:
     """Runs one stage of a version's job in a child process that never outlives this one.
 
     Returns:
-        "" when it is done, else why it failed, as a sentence.
+        None when it is done.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "aggregator.job", "--end-with-parent", str(store), version, stage,
@@ -215,27 +259,31 @@ async def run_job(store: Path, version: str, stage: Stage) -> str:
         assert process.stderr  # noqa: S101  it is a pipe
         # communicate() would close stdin, which tells the child that its parent is gone.
         errors = await process.stderr.read()
-        await process.wait()
+        code = await process.wait()
     except asyncio.CancelledError:
         process.kill()
         await process.wait()
         raise
-    if process.returncode == 0:
-        return ""
-    if process.returncode is not None and process.returncode < 0:
-        return f"the {stage} process was killed by signal {-process.returncode}"
+    if code == 0:
+        return None
+    if code < 0:
+        return Failure(f"the {stage} process was killed by signal {-code}", passing=True)
     output = errors.decode(errors="replace").strip()
     log.debug("%s of %s wrote:\n%s", stage, version, output)
-    return output.rpartition("\n")[2] or f"the {stage} process ended with {process.returncode}"
+    message = output.rpartition("\n")[2] or f"the {stage} process ended with {code}"
+    return Failure(message, passing=code == EXIT_PASSING)
 
 
-def _calibration(version: ModelVersion, quorum: int) -> OpenCalibration:
-    spec = version.spec.calibration
-    return OpenCalibration(
-        version=version.name,
-        base_digest=version.spec.base_model_ref,
-        mode=spec.mode.value,
-        hospitals=version.hospitals,
-        quorum=quorum,
-        rounds=spec.visits,
-    )
+def _subject(action: Action) -> str:
+    """What an erasing action is about, as the name of its part of a round."""
+    match action:
+        case EraseBlob(vector):
+            return f"the blob of {vector.name}"
+        case StopJob(version) | EraseVersion(version):
+            return f"the files of {version}"
+    raise TypeError(f"{action} erases nothing")
+
+
+def _log_fault(error: Exception) -> None:
+    foreseen = isinstance(error, (DataVectorError, OSError))
+    log.error("%s; trying again in %d seconds", error, PAUSE.seconds, exc_info=None if foreseen else error)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import re
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,16 @@ import grpc
 
 from aggregator.metrics import Metrics
 from aggregator.resources import utc_now
-from datavector.errors import CertificateError, DataVectorError, Denied, DiskFull, TryAgain
+from aggregator.settings import Limits, Tls
+from datavector.errors import (
+    CertificateError,
+    DataVectorError,
+    Denied,
+    DiskFull,
+    InternalError,
+    QuotaExceeded,
+    TryAgain,
+)
 from datavector.wire.certs import CertificateReport, read_report
 from datavector.wire.status import status_code, trailers
 
@@ -23,39 +36,68 @@ Behaviour = Callable[[Any, "Call"], Awaitable[Any]]
 
 
 class Call:
-    """A call of a hospital that has passed the gate."""
+    """A call of a hospital that has passed the gate.
 
-    def __init__(self, hospital: str, context: grpc.aio.ServicerContext) -> None:
+    Args:
+        idle_timeout_seconds: how long the hospital may neither send nor take a message.
+    """
+
+    def __init__(self, hospital: str, context: grpc.aio.ServicerContext, idle_timeout_seconds: float) -> None:
         self.hospital = hospital
         self._context = context
+        self._idle_timeout = idle_timeout_seconds
 
     async def read(self) -> Any:
-        """The next message of the request stream, or None when the stream is closed."""
-        message = await self._context.read()
+        """The next message of the request stream, or None when the stream is closed.
+
+        Raises:
+            TryAgain: none came in time.
+        """
+        with self._impatience("nothing arrived"):
+            async with asyncio.timeout(self._idle_timeout):
+                message = await self._context.read()
         return None if message is grpc.aio.EOF else message
 
     async def write(self, message: Any) -> None:
-        await self._context.write(message)
+        """
+        Raises:
+            TryAgain: nobody took the message in time.
+        """
+        with self._impatience("no answer was taken"):
+            async with asyncio.timeout(self._idle_timeout):
+                await self._context.write(message)
+
+    @contextmanager
+    def _impatience(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except TimeoutError:
+            raise TryAgain(
+                f"{what} for {self._idle_timeout:g} seconds", remedy="what arrived is kept: run it again to go on"
+            ) from None
 
 
 class Gate:
     """Wraps behaviours `(request, call) -> reply` for gRPC.
 
     Every call must come over TLS 1.3, with a certificate of the trust domain that is valid now, names a hospital, and
-    is not on the deny list. Errors for people leave with message and remedy; any other is logged and leaves as
-    INTERNAL without its text.
+    is not on the deny list; a hospital has only so many calls at once. Errors for people leave with message and remedy;
+    any other is logged and leaves as INTERNAL without its text.
     """
 
-    def __init__(self, trust_domain: str, deny_list: DenyList, metrics: Metrics) -> None:
-        self._trust_domain = trust_domain
-        self._deny_list = deny_list
+    def __init__(self, tls: Tls, limits: Limits, metrics: Metrics) -> None:
+        self._trust_domain = tls.trust_domain
+        self._deny_list = DenyList(tls.deny_list)
+        self._limits = limits
         self._metrics = metrics
+        self._running: Counter[str] = Counter()
 
     def __call__(self, method: str, behaviour: Behaviour) -> Callable[[Any, grpc.aio.ServicerContext], Awaitable[Any]]:
         async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
             with self._metrics.running_calls.labels(method).track_inprogress():
                 try:
-                    return await behaviour(request, Call(self._admit(context.auth_context()), context))
+                    with self._counted(self._admit(context.auth_context())) as hospital:
+                        return await behaviour(request, Call(hospital, context, self._limits.idle_timeout_seconds))
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
@@ -83,6 +125,17 @@ class Gate:
             raise Denied(f"{peer.hospital!r} or its certificate is on the deny list", remedy="ask the aggregation site")
         return peer.hospital
 
+    @contextmanager
+    def _counted(self, hospital: str) -> Iterator[str]:
+        most = self._limits.calls_per_hospital
+        if self._running[hospital] >= most:
+            raise QuotaExceeded(f"{hospital!r} has {most} calls running", remedy="let one end first")
+        self._running[hospital] += 1
+        try:
+            yield hospital
+        finally:
+            self._running[hospital] -= 1
+
     async def _refuse(self, method: str, error: Exception, context: grpc.aio.ServicerContext) -> None:
         outward = _outward(method, error)
         self._metrics.refused_calls.labels(type(outward).__name__).inc()
@@ -101,7 +154,7 @@ def _outward(method: str, error: Exception) -> DataVectorError:
         log.info("%s refused: %s", method, error)
         return error
     log.error("%s failed", method, exc_info=error)
-    kind = TryAgain if isinstance(error, TryAgain) else DataVectorError
+    kind = TryAgain if isinstance(error, TryAgain) else InternalError
     return kind("the aggregator failed on this call", remedy="tell the aggregation site; its log has the cause")
 
 
@@ -136,9 +189,16 @@ class DenyList:
         return bool(self._entries & {peer.hospital, peer.fingerprint})
 
 
+_ENTRY = re.compile(r"[0-9a-f]{64}|[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
 def _entries(text: str) -> frozenset[str]:
     lines = (line.partition("#")[0].strip().lower() for line in text.splitlines())
-    return frozenset(line.removeprefix("sha256:").replace(":", "") for line in lines if line)
+    entries = frozenset(line.removeprefix("sha256:").replace(":", "") for line in lines if line)
+    for entry in entries:
+        if not _ENTRY.fullmatch(entry):
+            log.error("the deny list names %r, which is neither a hospital nor 64 hexadecimal digits", entry[:80])
+    return entries
 
 
 @lru_cache(maxsize=1024)

@@ -4,7 +4,8 @@ merge    adds the vectors to the pretrained weights; needs no torch
 release  restores the BatchNorm statistics and exports the release
 
 A stage reads the store, writes its result atomically and reports last, so a stage that was killed is simply run
-again. The last line on stderr says why a stage failed. Exit codes: 0 done, 1 failed, 2 used wrongly.
+again. The last line on stderr says why a stage failed. Exit codes: 0 done, 1 failed, 2 used wrongly, 3 failed for a
+reason that may pass by itself, such as a full disk.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from aggregator.reconcile import quorum
+from aggregator.reconcile import EXIT_PASSING
 from aggregator.resources import CalibrationMode, ModelVersion, utc_now
 from aggregator.store import Store, Visit
-from datavector.errors import DataVectorError, WrongDigest
+from datavector.errors import DataVectorError, DiskFull, WrongDigest
 from datavector.files import disk_full_at, sha256_file
 from datavector.merge import merge_vectors
 from datavector.merge.batchnorm import Moments, pool_layers, uploaded, write_restored
@@ -37,6 +38,9 @@ def main() -> None:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         run_stage(Store(arguments.store), arguments.version, arguments.stage)
+    except (DiskFull, OSError, MemoryError) as error:
+        print(str(error) or type(error).__name__, file=sys.stderr)
+        sys.exit(EXIT_PASSING)
     except DataVectorError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
@@ -112,7 +116,7 @@ def calibrate(store: Store, version: ModelVersion, base: BaseModel) -> tuple[dic
     if wanted is CalibrationMode.NONE:
         return {"mode": "none", "hospitals": [], "images": 0, "note": "pretrained statistics, as the policy says"}, {}
     visits = [visit for visit in store.visits(version.name) if visit.hospital in version.hospitals]
-    needed = quorum(version)
+    needed = version.status.quorum
     if wanted is not CalibrationMode.UPLOADED and len(visits) >= needed:
         return _described(wanted, visits), pool_layers([visit.moments for visit in visits])
     note = "as the policy says"

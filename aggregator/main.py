@@ -15,7 +15,7 @@ from rich.table import Table
 
 from aggregator.embedded import Reconciler
 from aggregator.metrics import Metrics
-from aggregator.receiver import Receiver, ReceiverSettings
+from aggregator.receiver import Receiver
 from aggregator.registry import SqliteRegistry
 from aggregator.resources import ModelVersion, load_policies
 from aggregator.settings import AggregatorSettings
@@ -83,7 +83,7 @@ async def _serve(settings: AggregatorSettings, store: Store, registry: SqliteReg
         waiting.update(sentences)
 
     reconciler = Reconciler(store, registry, settled)
-    receiver = Receiver(store, registry, _receiver_settings(settings), reconciler.wake, waiting, metrics)
+    receiver = Receiver(store, registry, settings, reconciler.wake, waiting, metrics)
     if settings.metrics_port:
         serve_metrics(metrics.registry, settings.metrics_port)
     address = await receiver.start()
@@ -102,23 +102,6 @@ async def _serve(settings: AggregatorSettings, store: Store, registry: SqliteReg
     with contextlib.suppress(asyncio.CancelledError):
         await reconciling
     say("stopped; starting again goes on from here")
-
-
-def _receiver_settings(settings: AggregatorSettings) -> ReceiverSettings:
-    tls, limits = settings.tls, settings.limits
-    return ReceiverSettings(
-        listen=settings.listen,
-        trust_domain=tls.trust_domain,
-        certificate=tls.certificate,
-        key=tls.key,
-        ca=tls.ca,
-        deny_list=tls.deny_list,
-        idle_timeout_seconds=limits.idle_timeout_seconds,
-        max_uploads_per_hospital=limits.uploads_per_hospital,
-        max_vectors_per_hospital=limits.vectors_per_hospital,
-        max_connection_age_seconds=limits.max_connection_age_seconds,
-        poll_seconds=limits.poll_seconds,
-    )
 
 
 def print_status(root: Path) -> None:

@@ -8,16 +8,20 @@ stalls drops out from that layer on; below the quorum everybody starts again.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from aggregator.store import OpenCalibration, Visit
+from aggregator.ending import Ending, endable
+from aggregator.store import Visit
 from datavector.errors import DataVectorError, NotFound, ProtocolError, TryAgain
 from datavector.merge.batchnorm import Moments, pool
 from datavector.wire.moments import from_message, to_message
 from datavector.wire.v1.exchange_pb2 import MeetDone, MeetReply, MeetRequest, MeetStart
+
+log = logging.getLogger(__name__)
 
 Read = Callable[[], Awaitable[MeetRequest | None]]
 Write = Callable[[MeetReply], Awaitable[None]]
@@ -28,7 +32,6 @@ class Seat:
     """A hospital that has joined.
 
     Attributes:
-        timer: ends the hospital's call.
         step: resolves when everybody present has come as far: first to None (the start), then to pooled moments.
         layer: whose moments it has given for the current step; "" while it is still computing.
         given: its own moments so far.
@@ -36,54 +39,46 @@ class Seat:
 
     hospital: str
     images: int
-    timer: asyncio.Timeout
+    ending: Ending
     step: asyncio.Future[Moments | None]
     layer: str = ""
     given: dict[str, Moments] = field(default_factory=dict)
-    ended_by: DataVectorError | None = None
-
-    def end(self, reason: DataVectorError) -> None:
-        self.ended_by = reason
-        self.timer.reschedule(asyncio.get_running_loop().time())
-
-    def check(self) -> None:
-        """Raises what ended the call, before its timer, which would have said so, is set anew."""
-        if self.ended_by is not None:
-            raise self.ended_by
 
     def step_on(self, pooled: Moments | None) -> None:
         """Lets the hospital go on, to the next step."""
         self.layer = ""
         resolved, self.step = self.step, asyncio.get_running_loop().create_future()
-        resolved.set_result(pooled)
+        if not resolved.done():  # its call was cancelled just now
+            resolved.set_result(pooled)
 
 
 class Room:
     """Where the hospitals of one version meet. Who joins while a meeting is on waits for the next.
 
     Args:
+        hospitals: how many may come at most.
+        quorum: how many must take part.
         channels: the base model's BatchNorm layers with their numbers of channels.
         grace_seconds: how long a full quorum waits for the rest.
-        idle_timeout_seconds: how long the others wait for one hospital at a layer.
         wanted: whether the version still wants its calibration; asked every `poll_seconds` and before saving.
         save: takes the visits of those who stayed until the last layer.
     """
 
     def __init__(
         self,
-        calibration: OpenCalibration,
+        hospitals: int,
+        quorum: int,
         channels: Mapping[str, int],
         *,
         grace_seconds: float,
-        idle_timeout_seconds: float,
         poll_seconds: float,
         wanted: Callable[[], bool],
         save: Callable[[list[Visit]], None],
     ) -> None:
-        self._calibration = calibration
+        self._hospitals = hospitals
+        self._quorum = quorum
         self._channels = channels
         self._grace = grace_seconds
-        self._idle_timeout = idle_timeout_seconds
         self._poll = poll_seconds
         self._wanted = wanted
         self._save = save
@@ -106,36 +101,28 @@ class Room:
             NotFound: the version no longer wants it, or the meeting took place without this hospital.
             ProtocolError: what it sends are not the moments of the layer at which the others are.
         """
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(None) as timer:
-                seat = Seat(hospital, images, timer, loop.create_future())
-                try:
-                    start = seat.step
-                    self._join(seat)
-                    await self._until(start, wait_seconds)
-                    await write(MeetReply(start=MeetStart(hospitals=sorted(self._present))))
-                    while len(seat.given) < len(self._channels):
-                        seat.check()
-                        timer.reschedule(loop.time() + self._idle_timeout)
-                        message = await read()
-                        seat.check()
-                        timer.reschedule(None)
-                        layer, moments = self._read_layer(seat, message)
-                        pooled = await self._give(seat, layer, moments)
-                        await write(MeetReply(pooled=to_message(layer, pooled)))
-                    await write(MeetReply(done=self._done))
-                finally:
-                    self._leave(seat)
-        except TimeoutError:
-            stalled = TryAgain(f"nothing arrived for {self._idle_timeout:g} seconds", remedy="join again")
-            raise seat.ended_by or stalled from None
+        async with endable() as ending:
+            seat = Seat(hospital, images, ending, asyncio.get_running_loop().create_future())
+            try:
+                start = seat.step
+                self._join(seat)
+                await self._until(start, wait_seconds)
+                await write(MeetReply(start=MeetStart(hospitals=sorted(self._present))))
+                while len(seat.given) < len(self._channels):
+                    message = await read()
+                    ending.check()
+                    layer, moments = self._read_layer(seat, message)
+                    pooled = await self._give(seat, layer, moments)
+                    await write(MeetReply(pooled=to_message(layer, pooled)))
+                await write(MeetReply(done=self._done))
+            finally:
+                self._leave(seat)
 
     # --- One hospital
 
     def _join(self, seat: Seat) -> None:
         if older := self._waiting.pop(seat.hospital, None):
-            older.end(TryAgain(f"{seat.hospital!r} joined again on another connection", remedy="join once"))
+            older.ending.end(TryAgain(f"{seat.hospital!r} joined again on another connection", remedy="join once"))
         self._waiting[seat.hospital] = seat
         self._consider_start()
 
@@ -147,7 +134,7 @@ class Room:
                 raise _unwanted()
             if loop.time() >= deadline:
                 raise TryAgain(
-                    f"{len(self._waiting)} of {self._calibration.quorum} hospitals came within {wait_seconds} s",
+                    f"{len(self._waiting)} of {self._quorum} hospitals came within {wait_seconds} s",
                     remedy="agree on a time and join again",
                 )
             await asyncio.wait([start], timeout=min(self._poll, deadline - loop.time()))
@@ -177,11 +164,11 @@ class Room:
     # --- All together
 
     def _consider_start(self) -> None:
-        if self._present or len(self._waiting) < self._calibration.quorum:
+        if self._present or len(self._waiting) < self._quorum:
             if self._start:
                 self._start.cancel()
             self._start = None
-        elif len(self._waiting) == len(self._calibration.hospitals):
+        elif len(self._waiting) == self._hospitals:
             self._begin()
         elif self._start is None:
             self._start = asyncio.get_running_loop().call_later(self._grace, self._begin)
@@ -197,8 +184,8 @@ class Room:
     def _advance(self) -> None:
         """Pools a layer once everybody present has given it; ends the meeting below the quorum or after the last."""
         seats = [self._present[hospital] for hospital in sorted(self._present)]
-        if len(seats) < self._calibration.quorum:
-            self._end(TryAgain(f"{len(seats)} of {self._calibration.quorum} hospitals are left", remedy="join again"))
+        if len(seats) < self._quorum:
+            self._end(TryAgain(f"{len(seats)} of {self._quorum} hospitals are left", remedy="join again"))
             return
         if not all(seat.layer for seat in seats):
             return
@@ -206,7 +193,7 @@ class Room:
         if stray := [seat for seat in seats if seat.layer != layer]:
             for seat in stray:
                 del self._present[seat.hospital]
-                seat.end(
+                seat.ending.end(
                     ProtocolError(f"the others are at {layer!r}, not {seat.layer!r}", remedy="fetch the base again")
                 )
             self._advance()
@@ -215,7 +202,10 @@ class Room:
             pooled = pool([seat.given[layer] for seat in seats])
             if len(seats[0].given) == len(self._channels):
                 self._conclude(seats)
-        except DataVectorError as error:
+        except Exception as error:  # nobody may be left waiting for a step that never comes
+            if not isinstance(error, DataVectorError):
+                log.exception("a meeting failed")
+                error = TryAgain("the meeting failed at the aggregator", remedy="join again")
             self._end(error)
             return
         for seat in seats:
@@ -229,13 +219,13 @@ class Room:
         self._done = MeetDone(hospitals=[seat.hospital for seat in seats], images=sum(seat.images for seat in seats))
         self._present = {}
         for seat in self._waiting.values():
-            seat.end(NotFound("the meeting took place without this hospital", remedy="ask for tasks again"))
+            seat.ending.end(NotFound("the meeting took place without this hospital", remedy="ask for tasks again"))
         self._waiting = {}
 
     def _end(self, reason: DataVectorError) -> None:
         seats, self._present = self._present, {}
         for seat in seats.values():
-            seat.end(reason)
+            seat.ending.end(reason)
 
 
 def _unwanted() -> NotFound:

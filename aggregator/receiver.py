@@ -10,7 +10,6 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,18 @@ from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from aggregator.calibration import Calibrations, batchnorm_channels
-from aggregator.gate import Behaviour, Call, DenyList, Gate
+from aggregator.gate import Behaviour, Call, Gate
 from aggregator.metrics import Metrics
 from aggregator.registry import Registry
 from aggregator.resources import MergePolicy, ModelVersion, Phase
+from aggregator.settings import Limits, ReceiverSettings
 from aggregator.store import Store, find_bases
 from aggregator.uploads import Arrival, Uploads
-from datavector.errors import BaseModelError, CertificateError, NotFound, NotReady, ProtocolError, TryAgain, UsageError
+from datavector.errors import BaseModelError, CertificateError, NotFound, NotReady, ProtocolError, UsageError
 from datavector.files import sha256_file
 from datavector.merge.batchnorm import Moments
 from datavector.model import FILES, BaseModel
-from datavector.wire.certs import TRUST_DOMAIN, check_certificate
+from datavector.wire.certs import check_certificate
 from datavector.wire.chunks import CHUNK, MAX_MESSAGE, read_request
 from datavector.wire.moments import from_message, to_message
 from datavector.wire.v1 import exchange_pb2
@@ -63,37 +63,6 @@ _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 SERVICE = exchange_pb2.DESCRIPTOR.services_by_name["Exchange"]
 
 
-@dataclass(frozen=True)
-class ReceiverSettings:
-    """What a receiver needs to know.
-
-    Attributes:
-        listen: address:port; port 0 takes a free one, which `Receiver.port` then tells.
-        trust_domain: hospitals' certificates must name it.
-        deny_list: file of hospital names or SHA-256 certificate fingerprints, one a line; re-read when it changes.
-        idle_timeout_seconds: how long a stream may be silent.
-        max_uploads_per_hospital: open at once.
-        max_vectors_per_hospital: kept at once.
-        max_connection_age_seconds: after that a connection takes no new calls, so that a rotated or withdrawn
-            certificate is noticed; running calls have as long again.
-        poll_seconds: how often agents are told to ask for tasks.
-        meeting_grace_seconds: how long a meeting with a full quorum waits for the rest.
-    """
-
-    listen: str
-    certificate: Path
-    key: Path
-    ca: Path
-    trust_domain: str = TRUST_DOMAIN
-    deny_list: Path | None = None
-    idle_timeout_seconds: float = 30
-    max_uploads_per_hospital: int = 2
-    max_vectors_per_hospital: int = 16
-    max_connection_age_seconds: float = 600
-    poll_seconds: float = 15
-    meeting_grace_seconds: float = 3
-
-
 class Receiver:
     """Serves the Exchange service.
 
@@ -124,22 +93,22 @@ class Receiver:
         self.port = 0
         self._wake = wake
         self._bases: dict[str, BaseModel] = {}
+        limits = settings.limits
         self._uploads = Uploads(
             store,
             registry,
             self.metrics,
             wake,
-            idle_timeout_seconds=settings.idle_timeout_seconds,
-            max_open=settings.max_uploads_per_hospital,
-            max_kept=settings.max_vectors_per_hospital,
+            max_open=limits.uploads_per_hospital,
+            max_kept=limits.vectors_per_hospital,
         )
         self._calibrations = Calibrations(
             store,
+            registry,
             self.metrics,
             wake,
-            grace_seconds=settings.meeting_grace_seconds,
-            idle_timeout_seconds=settings.idle_timeout_seconds,
-            poll_seconds=settings.poll_seconds,
+            grace_seconds=limits.meeting_grace_seconds,
+            poll_seconds=limits.poll_seconds,
         )
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
@@ -154,30 +123,31 @@ class Receiver:
             CertificateError: a certificate file cannot be used.
             UsageError: the address cannot be listened on.
         """
-        settings = self.settings
-        report = check_certificate(settings.certificate, settings.key, settings.ca)
+        tls, listen = self.settings.tls, self.settings.listen
+        report = check_certificate(tls.certificate, tls.key, tls.ca)
         if report.hospital is not None:
             raise CertificateError(
-                f"{settings.certificate} is the certificate of hospital {report.hospital!r}",
+                f"{tls.certificate} is the certificate of hospital {report.hospital!r}",
                 remedy="use the one for the aggregator that `datavector certs init` makes",
             )
         self._bases = {base.digest: base for base in await asyncio.to_thread(self.store.bases)}
-        self._server = grpc.aio.server(options=_options(settings.max_connection_age_seconds))
+        limits = self.settings.limits
+        self._server = grpc.aio.server(options=_options(limits), maximum_concurrent_rpcs=limits.calls)
         self._server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         credentials = grpc.ssl_server_credentials(
-            [(settings.key.read_bytes(), settings.certificate.read_bytes())],
-            root_certificates=settings.ca.read_bytes(),
+            [(tls.key.read_bytes(), tls.certificate.read_bytes())],
+            root_certificates=tls.ca.read_bytes(),
             require_client_auth=True,
         )
         try:
-            self.port = self._server.add_secure_port(settings.listen, credentials)
+            self.port = self._server.add_secure_port(listen, credentials)
         except RuntimeError as error:
-            raise UsageError(f"{settings.listen} cannot be listened on", remedy="choose a free port") from error
+            raise UsageError(f"{listen} cannot be listened on", remedy="choose a free port") from error
         await self._server.start()
         for name in ("", SERVICE.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return f"{settings.listen.rpartition(':')[0]}:{self.port}"
+        return f"{listen.rpartition(':')[0]}:{self.port}"
 
     async def stop(self, grace: float | None = 5) -> None:
         """Takes no new calls, gives running ones `grace` seconds, and finishes commits."""
@@ -188,7 +158,7 @@ class Receiver:
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         """Every method of the service with its behaviour behind the gate."""
-        gate = Gate(self.settings.trust_domain, DenyList(self.settings.deny_list), self.metrics)
+        gate = Gate(self.settings.tls, self.settings.limits, self.metrics)
         behaviours: dict[str, Behaviour] = {
             "Describe": self._describe,
             "Fetch": self._fetch,
@@ -247,18 +217,11 @@ class Receiver:
             raise ProtocolError(
                 f"{request.file} has {size} bytes, none at {request.offset}", remedy="fetch it from its start"
             )
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(None) as timer:
-                with path.open("rb", buffering=0) as file:
-                    file.seek(request.offset)
-                    while block := await asyncio.to_thread(file.read, CHUNK):
-                        timer.reschedule(loop.time() + self.settings.idle_timeout_seconds)
-                        await call.write(Chunk(data=block))
-                        timer.reschedule(None)
-                        self.metrics.fetched_bytes.inc(len(block))
-        except TimeoutError:
-            raise TryAgain("nobody takes the file's bytes", remedy="fetch the rest") from None
+        with path.open("rb", buffering=0) as file:
+            file.seek(request.offset)
+            while block := await asyncio.to_thread(file.read, CHUNK):
+                await call.write(Chunk(data=block))
+                self.metrics.fetched_bytes.inc(len(block))
 
     async def _source(self, request: FetchRequest, hospital: str) -> Path:
         """The file that a request names; only names that this store has are ever made into paths."""
@@ -317,11 +280,7 @@ class Receiver:
         return await self._uploads.begin(await self._arrival(info, call.hospital))
 
     async def _upload(self, _: object, call: Call) -> UploadReply:
-        try:
-            async with asyncio.timeout(self.settings.idle_timeout_seconds):
-                first = read_request(await call.read() or b"")
-        except TimeoutError:
-            raise TryAgain("an upload did not begin", remedy="begin again") from None
+        first = read_request(await call.read() or b"")
         if isinstance(first, memoryview) or first.WhichOneof("part") != "open":
             raise ProtocolError("an upload did not begin with its announcement", remedy="send open, chunks, final")
         arrival = await self._arrival(first.open.vector, call.hospital)
@@ -334,16 +293,15 @@ class Receiver:
         if base is None:
             names = ", ".join(f"{base.name} ({base.digest})" for base in merged) or "none yet"
             raise BaseModelError(
-                f"no policy merges vectors of the base model {info.base_digest!r}; merged are those of: {names}",
+                f"no policy merges vectors of the base model {info.base_digest[:80]!r}; merged are those of: {names}",
                 remedy="fetch that base and train again",
             )
         return Arrival.parse(hospital, base, info)
 
     async def _withdraw(self, request: WithdrawRequest, call: Call) -> WithdrawReply:
-        vectors, versions = self.registry.withdraw(call.hospital, request.base_digest or None)
-        self._uploads.forget(call.hospital)
+        vectors, versions = self._uploads.withdraw(call.hospital, request.base_digest or None)
         self._wake()
-        log.info("%s withdrew %d vectors (%r)", call.hospital, len(vectors), request.reason)
+        log.info("%s withdrew %d vectors (%.500r)", call.hospital, len(vectors), request.reason)
         return WithdrawReply(
             vectors=[vector.name for vector in vectors], revoked_versions=[version.name for version in versions]
         )
@@ -369,45 +327,35 @@ class Receiver:
                     round=offer.round,
                 )
             )
-        return ListTasksReply(tasks=tasks, poll_seconds=max(round(self.settings.poll_seconds), 1))
+        return ListTasksReply(tasks=tasks, poll_seconds=max(round(self.settings.limits.poll_seconds), 1))
 
     async def _begin_visit(self, request: BeginVisitRequest, call: Call) -> None:
         for layer, moments in self._calibrations.pooled(call.hospital, request.task_id).items():
             await call.write(to_message(layer, moments))
 
     async def _complete_visit(self, _: object, call: Call) -> VisitReply:
-        try:
-            async with asyncio.timeout(self.settings.idle_timeout_seconds):
-                opened = _part(await call.read(), "open")
-                base = await self._task_base(call.hospital, opened.task_id)
-                moments: dict[str, Moments] = {}
-                channels = batchnorm_channels(base)
-                while (message := await call.read()) and message.WhichOneof("part") == "layer":
-                    if message.layer.layer in moments:
-                        raise ProtocolError(f"layer {message.layer.layer!r} came twice", remedy="visit again")
-                    moments[message.layer.layer] = from_message(message.layer, channels)
-        except TimeoutError:
-            raise TryAgain("a visit did not end in time", remedy="visit again") from None
+        opened = _part(await call.read(), "open")
+        offer = self._calibrations.visit(call.hospital, opened.task_id)
+        base = await self._base(offer.calibration.base_digest)
+        moments: dict[str, Moments] = {}
+        channels = batchnorm_channels(base)
+        while (message := await call.read()) and message.WhichOneof("part") == "layer":
+            if message.layer.layer in moments:
+                raise ProtocolError(f"layer {message.layer.layer!r} came twice", remedy="visit again")
+            moments[message.layer.layer] = from_message(message.layer, channels)
         final = _part(message, "final")
         if final.layers != len(moments):
             raise ProtocolError(f"{len(moments)} layers came, {final.layers} were sent", remedy="visit again")
-        waiting_for = self._calibrations.complete(call.hospital, opened.task_id, base, final.images, moments)
+        waiting_for = self._calibrations.complete(call.hospital, offer, base, final.images, moments)
         return VisitReply(waiting_for=waiting_for)
 
     async def _meet(self, _: object, call: Call) -> None:
-        try:
-            async with asyncio.timeout(self.settings.idle_timeout_seconds):
-                join = _part(await call.read(), "join")
-        except TimeoutError:
-            raise TryAgain("nobody joined", remedy="join again") from None
+        join = _part(await call.read(), "join")
         offer = self._calibrations.offer(call.hospital, join.task_id)
-        if not offer.is_meeting or join.images < 1:
-            raise ProtocolError(f"{join.task_id!r} is no meeting, or no image is used", remedy="ask for tasks again")
+        if not offer.is_meeting:
+            raise ProtocolError(f"{join.task_id!r} is no meeting", remedy="ask for tasks again")
         base = await self._base(offer.calibration.base_digest)
         await self._calibrations.meet(call.hospital, offer, base, join, call.read, call.write)
-
-    async def _task_base(self, hospital: str, task_id: str) -> BaseModel:
-        return await self._base(self._calibrations.calibration(hospital, task_id).base_digest)
 
     # --- Base models
 
@@ -425,8 +373,9 @@ class Receiver:
 
     async def _base_of(self, policy: MergePolicy) -> BaseModel | None:
         reference = policy.spec.base_model_ref
-        if known := find_bases(self._bases.values(), reference):
-            return known[0]
+        match find_bases(self._bases.values(), reference):
+            case [known]:
+                return known
         try:
             base = await asyncio.to_thread(self.store.base, reference)
         except BaseModelError:
@@ -447,9 +396,10 @@ def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> grpc.Rp
     return handler
 
 
-def _options(max_connection_age_seconds: float) -> list[tuple[str, int]]:
-    age = int(max_connection_age_seconds * 1000)
+def _options(limits: Limits) -> list[tuple[str, int]]:
+    age = int(limits.max_connection_age_seconds * 1000)
     return [
+        ("grpc.max_concurrent_streams", limits.calls_per_hospital),
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", MAX_MESSAGE),
         ("grpc.max_send_message_length", MAX_MESSAGE),

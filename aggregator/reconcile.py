@@ -1,20 +1,22 @@
 """What should happen next: a pure function of the objects and the time. No I/O, no clock, no Kubernetes.
 
-`plan` looks at one policy's objects and returns actions; whoever carries them out asks again until nothing but
-waiting is left. Asking twice, or again after a crash, gives the same objects: names are deterministic and every
-action may be repeated.
+`plan` looks at one policy's objects and returns actions, `sweep` says what of all of them may be erased; whoever
+carries the actions out asks again until nothing but waiting is left. Asking twice, or again after a crash, gives the
+same objects: names are deterministic and every action may be repeated.
 """
 
 from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from aggregator.resources import (
+    Calibration,
+    CalibrationMethod,
     CalibrationMode,
     Consent,
     DataVector,
@@ -29,7 +31,12 @@ from datavector.files import canonical_json
 
 Stage = Literal["merge", "release"]
 
+_LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
+
 ATTEMPTS = 4
+EXIT_PASSING = 3  # a job's exit code after a failure that may pass by itself
+PAUSE = timedelta(seconds=30)  # after such a failure
+SKEW = timedelta(minutes=5)  # between the clocks that write times
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,6 @@ class World:
         reports: what finished job stages reported, by version and stage.
         visits: rounds done, by version and hospital.
         running: versions with a running job.
-        on_disk: versions with files in the store.
     """
 
     policy: MergePolicy
@@ -59,7 +65,6 @@ class World:
     reports: Mapping[tuple[str, Stage], Mapping[str, Any]] = field(default_factory=dict)
     visits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     running: frozenset[str] = frozenset()
-    on_disk: frozenset[str] = frozenset()
 
 
 # --- Actions --------------------------------------------------------------------------------------------------
@@ -89,19 +94,6 @@ class StopJob:
 
 
 @dataclass(frozen=True)
-class AskHospitals:
-    """Opens a version's calibration: its hospitals are asked when they next look for tasks."""
-
-    version: ModelVersion
-    quorum: int
-
-
-@dataclass(frozen=True)
-class StopAsking:
-    version: str
-
-
-@dataclass(frozen=True)
 class EraseVersion:
     """Removes a version's files; its object stays."""
 
@@ -110,6 +102,8 @@ class EraseVersion:
 
 @dataclass(frozen=True)
 class EraseBlob:
+    """Removes a vector's file, then saves the vector, which says so."""
+
     vector: DataVector
 
 
@@ -118,7 +112,7 @@ class WakeAt:
     time: datetime
 
 
-Action = CreateVersion | Save | RunJob | StopJob | AskHospitals | StopAsking | EraseVersion | EraseBlob | WakeAt
+Action = CreateVersion | Save | RunJob | StopJob | EraseVersion | EraseBlob | WakeAt
 
 
 def plan(world: World, now: datetime) -> list[Action]:
@@ -132,26 +126,69 @@ def plan(world: World, now: datetime) -> list[Action]:
     newer = _next_version(world, now)
     if newer and not isinstance(newer[0], WakeAt):
         return newer
-    return [*newer, *_progress(world, now), *_clear(world, now)]
+    return [*newer, *_progress(world, now), *_over_limit(world, now)]
 
 
-def sweep(worlds: Sequence[World], vectors: Sequence[DataVector], now: datetime) -> list[Action]:
-    """Erases the blobs that no policy needs: of withdrawn vectors, and of replaced ones without a living version."""
-    needed = set()
-    for world in worlds:
-        needed |= {vector.name for vector in eligible(world)}
-        for version in world.versions:
-            phase = version.status.phase
-            if phase.unfinished or phase is Phase.READY or version.name in world.running:
-                needed |= version.vectors
+def sweep(
+    versions: Iterable[ModelVersion],
+    vectors: Sequence[DataVector],
+    wanted: Collection[str],
+    *,
+    running: Collection[str],
+    on_disk: Collection[str],
+    now: datetime,
+) -> list[Action]:
+    """Erases what nobody may or need use any more, each action independent of the others.
+
+    Of versions that have ended: first their job, then their files. Of vectors that were withdrawn or replaced: the
+    blob, unless a version is being made of it. A version that is Ready needs it no more.
+
+    Args:
+        versions: all there are, also those whose policy is gone.
+        wanted: names of the vectors that are `eligible` for any policy.
+        running: versions with a running job.
+        on_disk: versions with files in the store.
+    """
+    needed, actions = set(wanted), list[Action]()
+    for version in versions:
+        if version.status.phase.unfinished or version.name in running:
+            needed |= version.vectors
+        if version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED, Phase.FAILED):
+            if version.name in running:
+                actions.append(StopJob(version.name))
+            elif version.name in on_disk:
+                actions.append(EraseVersion(version.name))
     replaced = _replaced(vectors)
-    actions: list[Action] = []
     for vector in vectors:
         unwanted = not vector.granted or vector.name in replaced
         if unwanted and vector.name not in needed and vector.status.erased_at is None:
             status = vector.status.model_copy(update={"erased_at": now})
-            actions += [EraseBlob(vector), Save(vector.model_copy(update={"status": status}))]
+            actions.append(EraseBlob(vector.model_copy(update={"status": status})))
     return actions
+
+
+def abandon(versions: Iterable[ModelVersion], now: datetime) -> list[Action]:
+    """Ends the unfinished versions of a policy that is gone."""
+    return [
+        Save(version.with_phase(Phase.SUPERSEDED, now=now, message="its policy is gone"))
+        for version in versions
+        if version.status.phase.unfinished
+    ]
+
+
+def job_failed(version: ModelVersion, message: str, *, passing: bool, now: datetime) -> ModelVersion:
+    """A version after its job failed.
+
+    Args:
+        passing: for a reason that may pass by itself (a full disk, a lost machine): tried again without end. Any other
+            is tried ATTEMPTS times.
+    """
+    attempts = version.status.attempts + (not passing)
+    if attempts >= ATTEMPTS:
+        return version.with_phase(Phase.FAILED, now=now, message=message)
+    retry_at = now + (PAUSE if passing else timedelta(seconds=2.0**attempts))
+    status = version.status.model_copy(update={"attempts": attempts, "message": message, "retry_at": retry_at})
+    return version.model_copy(update={"status": status})
 
 
 def revocations(vectors: Iterable[DataVector], versions: Iterable[ModelVersion], now: datetime) -> list[ModelVersion]:
@@ -198,13 +235,23 @@ def eligible(world: World) -> tuple[DataVector, ...]:
 
 
 def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersion:
-    """The version that merges `vectors` as the policy says; equal inputs have equal names."""
+    """The version that merges `vectors` as the policy says; equal inputs and settings have equal names."""
     assert world.base  # noqa: S101  the caller has vectors of it
     spec = world.policy.spec
+    calibration = CalibrationMethod(mode=spec.calibration.mode, visits=spec.calibration.visits)
+    inputs = tuple(
+        VersionInput(
+            data_vector=vector.name,
+            hospital=vector.spec.hospital,
+            digest=vector.spec.artifact.digest,
+            sample_count=vector.spec.sample_count,
+        )
+        for vector in vectors
+    )
     content = {
         "base": world.base.digest,
-        "inputs": [vector.spec.artifact.digest for vector in vectors],
-        "settings": [part.model_dump(mode="json") for part in (spec.method, spec.calibration, spec.export)],
+        "inputs": [entry.model_dump(mode="json") for entry in inputs],
+        "settings": [part.model_dump(mode="json") for part in (spec.method, calibration, spec.export)],
     }
     inputs_hash = hashlib.sha256(canonical_json(content)).hexdigest()
     return ModelVersion(
@@ -212,58 +259,43 @@ def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersi
         spec=VersionSpec(
             policy_ref=world.policy.name,
             base_model_ref=world.base.digest,
-            inputs=tuple(
-                VersionInput(
-                    data_vector=vector.name,
-                    hospital=vector.spec.hospital,
-                    digest=vector.spec.artifact.digest,
-                    sample_count=vector.spec.sample_count,
-                )
-                for vector in vectors
-            ),
+            inputs=inputs,
             inputs_hash=inputs_hash,
             method=spec.method,
-            calibration=spec.calibration,
+            calibration=calibration,
             export=spec.export,
         ),
     )
 
 
-def due(world: World, vectors: tuple[DataVector, ...]) -> datetime | None:
+def due(world: World, vectors: tuple[DataVector, ...], now: datetime) -> datetime | None:
     """When `vectors` are to be merged: None for at once.
 
     Arrivals wait for quiet, at most maxWaitSeconds after there were enough hospitals. A withdrawal or a changed
     policy brings nothing new to wait for, and a withdrawal that left no version does not wait for arrivals either.
     """
+
+    def since(vector: DataVector) -> datetime:
+        return _credible(_waiting_since(vector, world.vectors, merged), now)
+
     trigger = world.policy.spec.trigger
     merged = {name for version in world.versions for name in version.vectors}
     arrivals = [vector for vector in vectors if vector.name not in merged]
     bereft = all(version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED) for version in world.versions)
     if not arrivals or (bereft and len(vectors) - len(arrivals) >= trigger.min_hospitals):
         return None
-    first = min(_waiting_since(vector, world.vectors, merged) for vector in arrivals)
-    enough = sorted(_waiting_since(vector, world.vectors, merged) for vector in vectors)[trigger.min_hospitals - 1]
+    first = min(since(vector) for vector in arrivals)
+    enough = sorted(since(vector) for vector in vectors)[trigger.min_hospitals - 1]
+    last = max(_credible(vector.status.stored_at, now) for vector in arrivals)
     return min(
-        max(vector.status.stored_at for vector in arrivals) + timedelta(seconds=trigger.quiet_period_seconds),
+        last + timedelta(seconds=trigger.quiet_period_seconds),
         max(first, enough) + timedelta(seconds=trigger.max_wait_seconds),
     )
 
 
-def erasures(versions: Iterable[ModelVersion], *, running: frozenset[str], on_disk: frozenset[str]) -> list[Action]:
-    """Ends the jobs and erases the files of versions that nobody may use any more."""
-    actions: list[Action] = []
-    for version in versions:
-        if version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED, Phase.FAILED):
-            if version.name in running:
-                actions.append(StopJob(version.name))
-            elif version.name in on_disk:
-                actions.append(EraseVersion(version.name))
-    return actions
-
-
-def quorum(version: ModelVersion) -> int:
+def quorum(calibration: Calibration, version: ModelVersion) -> int:
     """How many hospitals a calibration needs: never more than the version has."""
-    return min(version.spec.calibration.quorum or len(version.hospitals), len(version.hospitals))
+    return min(calibration.quorum or len(version.hospitals), len(version.hospitals))
 
 
 def explain(world: World, now: datetime) -> str:
@@ -280,18 +312,19 @@ def explain(world: World, now: datetime) -> str:
     wanted = desired_version(world, vectors)
     version = {version.name: version for version in world.versions}.get(wanted.name)
     if version is None or version.status.phase is Phase.SUPERSEDED:
-        time = due(world, vectors)
+        time = due(world, vectors, now)
         when = f"at {_clock(time)} unless another arrives" if time and time > now else "now"
         return f"{len(vectors)} hospitals; merging {when}"
     match version.status.phase:
         case Phase.CALIBRATING:
-            return f"{version.name}: {_missing_visits(version, world)}"
+            return f"{version.name}: {_missing_visits(version, world, now)}"
         case Phase.READY:
             return f"{version.name} is Ready"
         case Phase.FAILED:
             return f"{version.name} failed: {version.status.message}"
         case phase:
-            return f"{version.name} is {phase.value}"
+            trouble = f"; the last try failed: {version.status.message}" if version.status.message else ""
+            return f"{version.name} is {phase.value}{trouble}"
 
 
 # --- Parts of the plan ----------------------------------------------------------------------------------------
@@ -306,7 +339,7 @@ def _next_version(world: World, now: datetime) -> list[Action]:
     known = {version.name: version for version in world.versions}.get(wanted.name)
     if known is not None and known.status.phase is not Phase.SUPERSEDED:
         return [*_give_way(known, world, now), *_newest_ready(known, world, now)]
-    time = due(world, vectors)
+    time = due(world, vectors, now)
     if time is not None and now < time:
         return [WakeAt(time)]
     start: Action = CreateVersion(wanted) if known is None else Save(known.with_phase(Phase.PENDING, now=now))
@@ -341,6 +374,9 @@ def _progress(world: World, now: datetime) -> list[Action]:
 
 
 def _progress_of(version: ModelVersion, world: World, now: datetime) -> list[Action]:
+    if version.status.phase.unfinished and world.base and version.spec.base_model_ref != world.base.digest:
+        message = "the policy has another base model now"
+        return [Save(version.with_phase(Phase.SUPERSEDED, now=now, message=message))]
     match version.status.phase:
         case Phase.PENDING:
             if (report := world.reports.get((version.name, "merge"))) is None:
@@ -356,42 +392,39 @@ def _progress_of(version: ModelVersion, world: World, now: datetime) -> list[Act
 
 
 def _run(version: ModelVersion, stage: Stage, world: World, now: datetime) -> list[Action]:
-    status = version.status
     if version.name in world.running:
         return []
-    if status.attempts >= ATTEMPTS:
-        return [Save(version.with_phase(Phase.FAILED, now=now, message=status.message))]
-    if status.retry_at and now < status.retry_at:
-        return [WakeAt(status.retry_at)]
+    retry_at = version.status.retry_at
+    if retry_at and now < _credible(retry_at, now):
+        return [WakeAt(retry_at)]
     return [RunJob(version.name, stage)]
 
 
 def _after_merge(version: ModelVersion, report: Mapping[str, Any], world: World, now: datetime) -> list[Action]:
     asks = version.spec.calibration.mode in (CalibrationMode.VISIT, CalibrationMode.MEETING)
     if world.base and world.base.has_batchnorm and asks:
-        calibrating = version.with_phase(Phase.CALIBRATING, now=now, calibration_started_at=now, **report)
-        return [AskHospitals(calibrating, quorum(calibrating)), Save(calibrating)]
+        return [Save(version.with_phase(Phase.CALIBRATING, now=now, calibration_started_at=now, **report))]
     return [Save(version.with_phase(Phase.RELEASING, now=now, **report))]
 
 
 def _await_hospitals(version: ModelVersion, world: World, now: datetime) -> list[Action]:
-    if len(_visitors(version, world)) < quorum(version) and now < (deadline := _deadline(version)):
+    needed = quorum(world.policy.spec.calibration, version)
+    if len(_visitors(version, world)) < needed and now < (deadline := _deadline(version, world, now)):
         return [WakeAt(deadline)]
-    return [StopAsking(version.name), Save(version.with_phase(Phase.RELEASING, now=now))]
+    return [Save(version.with_phase(Phase.RELEASING, now=now, quorum=needed))]
 
 
-def _clear(world: World, now: datetime) -> list[Action]:
-    """Ends Ready versions over the history limit, and erases the files of versions that nobody may use any more."""
+def _over_limit(world: World, now: datetime) -> list[Action]:
+    """Ends Ready versions over the history limit."""
     newest_first = sorted(
         (version for version in world.versions if version.status.phase is Phase.READY),
         key=lambda version: (version.status.ready_at or now, version.name),
         reverse=True,
     )
-    actions: list[Action] = [
+    return [
         Save(version.with_phase(Phase.SUPERSEDED, now=now, message="older than historyLimit"))
         for version in newest_first[world.policy.spec.history_limit :]
     ]
-    return actions + erasures(world.versions, running=world.running, on_disk=world.on_disk)
 
 
 def _replaced(vectors: Sequence[DataVector]) -> set[str]:
@@ -440,19 +473,24 @@ def _visitors(version: ModelVersion, world: World) -> list[str]:
     return [name for name in version.hospitals if rounds.get(name, 0) >= wanted]
 
 
-def _deadline(version: ModelVersion) -> datetime:
+def _deadline(version: ModelVersion, world: World, now: datetime) -> datetime:
     started = version.status.calibration_started_at
     assert started  # noqa: S101  set on entering the phase
-    return started + timedelta(seconds=version.spec.calibration.deadline_seconds)
+    return _credible(started, now) + timedelta(seconds=world.policy.spec.calibration.deadline_seconds)
 
 
-def _missing_visits(version: ModelVersion, world: World) -> str:
+def _missing_visits(version: ModelVersion, world: World, now: datetime) -> str:
     visitors = _visitors(version, world)
     missing = ", ".join(name for name in version.hospitals if name not in visitors)
     return (
-        f"{len(visitors)} of {quorum(version)} hospitals came back to calibrate it; "
-        f"waiting for {missing} or until {_clock(_deadline(version))}"
+        f"{len(visitors)} of {quorum(world.policy.spec.calibration, version)} hospitals came back to calibrate it; "
+        f"waiting for {missing} or until {_clock(_deadline(version, world, now))}"
     )
+
+
+def _credible(time: datetime, now: datetime) -> datetime:
+    """A time that was written, or the distant past where a clock that was ahead has written it: nobody waits for it."""
+    return time if time <= now + SKEW else _LONG_AGO
 
 
 def _clock(time: datetime) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -42,9 +42,14 @@ class Registry(Protocol):
             DiskFull: no space is left; nothing has changed.
         """
 
-    def withdraw(self, hospital: str, base_digest: str | None) -> tuple[list[DataVector], list[ModelVersion]]:
+    def withdraw(
+        self, hospital: str, base_digest: str | None, arriving: Collection[DataVector] = ()
+    ) -> tuple[list[DataVector], list[ModelVersion]]:
         """Withdraws a hospital's vectors and revokes every version with one of them, in one step.
 
+        Args:
+            base_digest: of the base model whose vectors are meant; None for all.
+            arriving: vectors on their way, which are recorded as withdrawn.
         Returns:
             The hospital's withdrawn vectors, and all revoked versions that contain one.
         """
@@ -95,9 +100,12 @@ class SqliteRegistry:
         with self._transaction():
             self._put(resource for resource in changed if not self._would_undo(resource))
 
-    def withdraw(self, hospital: str, base_digest: str | None) -> tuple[list[DataVector], list[ModelVersion]]:
+    def withdraw(
+        self, hospital: str, base_digest: str | None, arriving: Collection[DataVector] = ()
+    ) -> tuple[list[DataVector], list[ModelVersion]]:
         with self._transaction():
             vectors, versions = self._all(DataVector), self._all(ModelVersion)
+            vectors += [vector for vector in arriving if self._get(vector) is None]
             taken_back, revoked = withdraw(vectors, versions, hospital, base_digest, utc_now())
             self._put([*taken_back, *revoked])
         return taken_back, revoked

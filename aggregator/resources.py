@@ -27,6 +27,8 @@ PolicyName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,5
 Digest = Annotated[str, StringConstraints(pattern=r"^sha256:[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(ge=0, le=10 * 365 * 86400)]
 
+MOST_IMAGES = 10**9  # that a hospital may say it used
+
 
 class Part(Schema):
     """A piece of a resource: camelCase outside, unknown fields are errors, values do not change."""
@@ -100,7 +102,7 @@ class VectorSpec(Part):
     base_model_ref: Digest
     sequence: int = Field(ge=1, description="the newest of a hospital counts")
     artifact: Artifact
-    sample_count: int = Field(ge=1, description="training images")
+    sample_count: int = Field(ge=1, le=MOST_IMAGES, description="training images")
     consent: Consent = Consent.GRANTED
 
 
@@ -153,19 +155,27 @@ class CalibrationMode(StrEnum):
     NONE = "none"
 
 
-class Calibration(Part):
+class CalibrationMethod(Part):
+    """What of a calibration shapes the result.
+
+    Attributes:
+        visits: rounds of visits; the second refines the first.
+    """
+
+    mode: CalibrationMode = CalibrationMode.VISIT
+    visits: int = Field(default=1, ge=1, le=5)
+
+
+class Calibration(CalibrationMethod):
     """Which hospitals' statistics a version needs, and for how long it waits for them.
 
     Attributes:
         quorum: hospitals that must have taken part; all of the version's where absent.
         deadline_seconds: after that the `uploaded` statistics are used, and the release says so.
-        visits: rounds of visits; the second refines the first.
     """
 
-    mode: CalibrationMode = CalibrationMode.VISIT
     quorum: int | None = Field(default=None, ge=1)
     deadline_seconds: Seconds = 7 * 86400
-    visits: int = Field(default=1, ge=1, le=5)
 
 
 class Export(Part):
@@ -220,7 +230,7 @@ class VersionSpec(Part):
     inputs: tuple[VersionInput, ...] = Field(description="sorted by digest")
     inputs_hash: str
     method: Method
-    calibration: Calibration
+    calibration: CalibrationMethod
     export: Export
 
 
@@ -228,8 +238,9 @@ class VersionStatus(Part):
     """What came of a version.
 
     Attributes:
-        attempts: failed tries of the current job; the next one waits until `retry_at`.
+        attempts: tries of the current job that failed for a reason of its inputs; the next one waits until `retry_at`.
         weights_sha256: of the merged weights, before calibration.
+        quorum: hospitals that had to take part in the calibration, once that has ended.
         calibration: mode used, hospitals, images, note.
         release_sha256: of the release's SHA256SUMS file.
     """
@@ -239,6 +250,7 @@ class VersionStatus(Part):
     retry_at: datetime | None = None
     message: str = ""
     calibration_started_at: datetime | None = None
+    quorum: int = 0
     weights_sha256: str = ""
     calibration: dict[str, Any] = {}
     release_sha256: str = ""

@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field
 
 from datavector.config import Section
+from datavector.wire.certs import TRUST_DOMAIN
 
 PREFIX = "DATAVECTOR_AGGREGATOR_"
 
@@ -22,35 +23,58 @@ class Tls(Section):
     certificate: Path
     key: Path
     ca: Path
-    trust_domain: str = "datavector.local"
+    trust_domain: str = TRUST_DOMAIN
     deny_list: Path | None = None
 
 
 class Limits(Section):
-    """What one hospital may use, and how long a silent connection is kept."""
+    """What hospitals may use, and how long they are waited for.
+
+    Attributes:
+        vectors_per_hospital: kept at once.
+        uploads_per_hospital: open at once.
+        calls_per_hospital: running at once.
+        calls: running at once, of all hospitals together.
+        idle_timeout_seconds: how long a stream may be silent, or not take what it asked for.
+        max_connection_age_seconds: after that a connection takes no new calls, so that a rotated or withdrawn
+            certificate is noticed; running calls have as long again.
+        poll_seconds: how often agents are told to ask for tasks.
+        meeting_grace_seconds: how long a meeting with a full quorum waits for the rest.
+    """
 
     vectors_per_hospital: int = Field(default=16, ge=1)
     uploads_per_hospital: int = Field(default=2, ge=1)
+    calls_per_hospital: int = Field(default=16, ge=1)
+    calls: int = Field(default=256, ge=1)
     idle_timeout_seconds: float = Field(default=30, gt=0)
     max_connection_age_seconds: float = Field(default=600, gt=0)
-    poll_seconds: int = Field(default=15, ge=1)
+    poll_seconds: float = Field(default=15, gt=0)
+    meeting_grace_seconds: float = Field(default=3, ge=0)
 
 
-class AggregatorSettings(Section):
+class ReceiverSettings(Section):
+    """What a receiver needs to know.
+
+    Attributes:
+        listen: address:port of the exchange service; port 0 takes a free one.
+    """
+
+    tls: Tls
+    listen: str = "0.0.0.0:8443"
+    limits: Limits = Limits()
+
+
+class AggregatorSettings(ReceiverSettings):
     """Everything the embedded aggregator needs to know.
 
     Attributes:
         store: folder of base models, vectors, versions, releases and the registry.
         policy: YAML file with MergePolicy documents.
         base: base model artifact to import into the store at start.
-        listen: address:port of the exchange service; port 0 takes a free one.
         metrics_port: of Prometheus metrics; 0 serves none.
     """
 
     store: Path
     policy: Path
-    tls: Tls
     base: Path | None = None
-    listen: str = "0.0.0.0:8443"
-    limits: Limits = Limits()
     metrics_port: int = Field(default=0, ge=0, le=65535)

@@ -1,13 +1,13 @@
 """The files of an aggregator: everything that is not an object's text.
 
     bases/<hex>/                  base model artifacts, content-addressed
-    uploads/<hospital>/<hex>.part vectors that have not arrived in full
+    uploads/<hospital>/<hex>/     vectors that are not recorded yet: vector.json (what will be recorded) and part
     blobs/<hospital>/<hex>        committed vectors
-    versions/<version>/           merged.safetensors, calibration.json while visits are wanted, visits/<hospital>.npz,
-                                  report-<stage>.json of each finished job stage
+    versions/<version>/           merged.safetensors, visits/<hospital>.npz, report-<stage>.json of each finished stage
     releases/<version>/           what clients get
 
-Every file is written atomically, so receiver and jobs share nothing but this folder, and both survive a kill.
+Every file is written atomically, so receiver and jobs share nothing but this folder, and both survive a kill. Only base
+models and releases can be read by other users of the machine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,25 +30,6 @@ from datavector.model import DESCRIPTION, FILES, BaseModel
 
 
 @dataclass(frozen=True)
-class OpenCalibration:
-    """What a version wants from hospitals, until its calibration is closed.
-
-    Attributes:
-        mode: "visit" or "meeting".
-        hospitals: whose vectors are merged; only they are asked.
-        quorum: how many must take part.
-        rounds: visits per hospital.
-    """
-
-    version: str
-    base_digest: str
-    mode: str
-    hospitals: tuple[str, ...]
-    quorum: int
-    rounds: int
-
-
-@dataclass(frozen=True)
 class Visit:
     """What a hospital left for a version: images used, rounds done, moments by BatchNorm layer."""
 
@@ -58,7 +39,11 @@ class Visit:
     moments: dict[str, Moments]
 
 
+FOLDERS = {"bases": 0o755, "uploads": 0o700, "blobs": 0o700, "versions": 0o700, "releases": 0o755}
+
 _PLAIN = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
+PART, RECORD = "part", "vector.json"
+
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
@@ -71,8 +56,8 @@ class Store:
     def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self.root = root
         if not read_only:
-            for folder in ("bases", "uploads", "blobs", "versions", "releases"):
-                (root / folder).mkdir(parents=True, exist_ok=True)
+            for folder, mode in FOLDERS.items():
+                (root / folder).mkdir(mode, parents=True, exist_ok=True)
 
     # --- base models
 
@@ -125,7 +110,13 @@ class Store:
     # --- vectors
 
     def upload(self, hospital: str, sha256: str) -> Path:
-        return self._path("uploads", hospital, f"{sha256}.part")
+        """The folder of a vector on its way in."""
+        return self._path("uploads", hospital, sha256)
+
+    def uploads(self, hospital: str) -> list[Path]:
+        """The folders of a hospital's vectors on their way in, least recently written first."""
+        folders = self._path("uploads", hospital).glob("*")
+        return sorted(folders, key=lambda folder: (_written_at(folder / PART), folder.name))
 
     def blob(self, hospital: str, sha256: str) -> Path:
         return self._path("blobs", hospital, sha256.removeprefix("sha256:"))
@@ -163,17 +154,6 @@ class Store:
         report: dict[str, Any] = json.loads(path.read_text())
         return report
 
-    def open_calibration(self, calibration: OpenCalibration) -> None:
-        write_json(self.version(calibration.version) / "calibration.json", vars(calibration))
-
-    def close_calibration(self, version: str) -> None:
-        (self.version(version) / "calibration.json").unlink(missing_ok=True)
-
-    def open_calibrations(self) -> Iterator[OpenCalibration]:
-        for path in sorted((self.root / "versions").glob("*/calibration.json")):
-            content = json.loads(path.read_text())
-            yield OpenCalibration(**{**content, "hospitals": tuple(content["hospitals"])})
-
     def save_visit(self, version: str, visit: Visit) -> None:
         _write_visit(self._path("versions", version, "visits", f"{visit.hospital}.npz"), visit)
 
@@ -204,28 +184,37 @@ class Store:
     def erase_version(self, version: str) -> None:
         """Removes a version's weights, moments and release; what one release reveals about a vector goes with it.
 
-        The reports go first: a version that is taken up again after a half-done erasure starts from nothing.
+        The reports go first: a version that is taken up again after a half-done erasure starts from nothing. Nobody
+        ever sees half a release, and the version's folder goes last: as long as it is there, erasing is not done.
         """
         for report in self.version(version).glob("report-*.json"):
             report.unlink()
-        unfinished = self.release(version).with_name(f".{version}.partial")
-        for folder in (unfinished, self.release(version), self.version(version)):
+        release, erased = self.release(version), self._erased(version)
+        unfinished = release.with_name(f".{version}.partial")
+        if release.is_dir():
+            shutil.rmtree(erased, ignore_errors=True)
+            release.rename(erased)
+        for folder in (unfinished, erased, self.version(version)):
             with contextlib.suppress(FileNotFoundError):
                 shutil.rmtree(folder)
             fsync(folder.parent)
 
     def remove_leftovers(self, version: str) -> None:
-        """Removes what killed jobs of a version left; none of them may be running.
+        """Removes what killed jobs and a half-done erasure of a version left; none of them may be running.
 
         The visits below are the receiver's, who may be writing one.
         """
         remove_leftovers(self.version(version), recursive=False)
+        shutil.rmtree(self._erased(version), ignore_errors=True)
 
     def erase_blob(self, hospital: str, sha256: str) -> None:
         path = self.blob(hospital, sha256)
         path.unlink(missing_ok=True)
         if path.parent.is_dir():
             fsync(path.parent)
+
+    def _erased(self, version: str) -> Path:
+        return self.release(version).with_name(f".{version}.erased")
 
     def _path(self, *parts: str) -> Path:
         for part in parts:
@@ -237,6 +226,10 @@ class Store:
 def find_bases(bases: Iterable[BaseModel], reference: str) -> list[BaseModel]:
     """Those of a digest or a name: a reference is clear if there is exactly one."""
     return [base for base in bases if reference in (base.digest, base.name)]
+
+
+def _written_at(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.is_file() else 0
 
 
 def _write_visit(path: Path, visit: Visit) -> None:

@@ -1,23 +1,35 @@
 """Vectors on their way in: durable offset, takeover, checks while bytes pass by, commit.
 
 The order on commit is: fsync the file, rename it to its blob, fsync the folder, record the vector, answer. A crash
-between any two of these is mended by the next try.
+between any two of these is mended by the next try. Until it is recorded, a vector has a folder of its own, with the
+record to be: a withdrawal finds it there and takes it back, too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import re
 import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from aggregator.ending import Ending, endable
 from aggregator.metrics import Metrics
 from aggregator.registry import Registry
-from aggregator.resources import Artifact, DataVector, Metadata, VectorSpec, VectorStatus, utc_now
-from aggregator.store import Store
+from aggregator.resources import (
+    MOST_IMAGES,
+    Artifact,
+    DataVector,
+    Metadata,
+    ModelVersion,
+    VectorSpec,
+    VectorStatus,
+    utc_now,
+)
+from aggregator.store import PART, RECORD, Store
 from datavector.errors import (
     AlreadyWithdrawn,
     ArtifactError,
@@ -30,7 +42,7 @@ from datavector.errors import (
     WrongDigest,
     WrongLayout,
 )
-from datavector.files import disk_full_at, fsync, sha256_file
+from datavector.files import disk_full_at, fsync, sha256_file, write_json
 from datavector.model import BaseModel
 from datavector.vector import VectorScanner
 from datavector.wire.chunks import CHUNK, read_request
@@ -38,6 +50,8 @@ from datavector.wire.v1.exchange_pb2 import BeginUploadReply, VectorInfo
 
 Key = tuple[str, str]
 Read = Callable[[], Awaitable[bytes | None]]
+
+MOST_VECTORS = 2**31  # that a hospital may have numbered
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -59,9 +73,10 @@ class Arrival:
             ProtocolError: the announcement makes no sense.
             WrongLayout: the size is not that of this base model's vectors.
         """
-        if not _SHA256.fullmatch(info.sha256) or info.sequence < 1 or info.sample_count < 1:
+        sound = 1 <= info.sequence <= MOST_VECTORS and 1 <= info.sample_count <= MOST_IMAGES
+        if not _SHA256.fullmatch(info.sha256) or not sound:
             raise ProtocolError(
-                f"a vector was announced with SHA-256 {info.sha256!r}, sequence {info.sequence} and "
+                f"a vector was announced with SHA-256 {info.sha256[:80]!r}, sequence {info.sequence} and "
                 f"{info.sample_count} samples",
                 remedy="announce a digest of 64 hexadecimal digits, and numbers from 1 on",
             )
@@ -100,19 +115,13 @@ class Arrival:
 class Stream:
     """One open Upload call."""
 
-    timer: asyncio.Timeout
-    ended_by: DataVectorError | None = None
+    arrival: Arrival
+    ending: Ending
     commit: asyncio.Task[DataVector] | None = None
 
     def end(self, reason: DataVectorError) -> None:
         """Lets the call end with `reason`: at once if it waits for the hospital, else at its next step."""
-        self.ended_by = reason
-        if self.commit is None:
-            self.timer.reschedule(asyncio.get_running_loop().time())
-
-    def check(self) -> None:
-        if self.ended_by is not None:
-            raise self.ended_by
+        self.ending.end(reason, at_once=self.commit is None)
 
 
 class Uploads:
@@ -129,7 +138,6 @@ class Uploads:
         metrics: Metrics,
         wake: Callable[[], None],
         *,
-        idle_timeout_seconds: float,
         max_open: int,
         max_kept: int,
     ) -> None:
@@ -137,7 +145,6 @@ class Uploads:
         self._registry = registry
         self._metrics = metrics
         self._wake = wake
-        self._idle_timeout = idle_timeout_seconds
         self._max_open = max_open
         self._max_kept = max_kept
         self._streams: dict[Key, Stream] = {}
@@ -154,11 +161,12 @@ class Uploads:
         if stored := await self._stored(arrival):
             return BeginUploadReply(offset=stored.spec.artifact.size, committed=True, vector=stored.name)
         self._take_over(arrival)
-        path = self._store.upload(*arrival.key)
+        path = self._store.upload(*arrival.key) / PART
         offset = path.stat().st_size if path.is_file() else 0
         needed = arrival.base.vector_layout.size - offset
         if shutil.disk_usage(self._store.root).free < needed:
             raise DiskFull(path, needed=needed)
+        self._note(arrival)
         return BeginUploadReply(offset=offset)
 
     async def receive(self, arrival: Arrival, offset: int, read: Read) -> DataVector:
@@ -176,28 +184,22 @@ class Uploads:
             self._metrics.uploads.labels("repeated").inc()
             return stored
         self._take_over(arrival)
-        path = self._store.upload(*arrival.key)
-        with disk_full_at(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        folder = self._store.upload(*arrival.key)
         try:
-            async with asyncio.timeout(self._idle_timeout) as timer:
-                stream = self._streams[arrival.key] = Stream(timer)
+            self._note(arrival)
+            async with endable() as ending:
+                stream = self._streams[arrival.key] = Stream(arrival, ending)
                 try:
-                    await self._append(stream, arrival, path, offset, read)
-                    timer.reschedule(None)
+                    await self._append(stream, folder / PART, offset, read)
                     # The commit goes on even if the call ends here: a hospital that lost the answer asks again.
-                    stream.commit = asyncio.create_task(self._commit(stream, arrival, path))
+                    stream.commit = asyncio.create_task(self._commit(stream, folder / PART))
                     vector = await asyncio.shield(stream.commit)
                 finally:
                     if stream.commit is None:
-                        self._close(arrival, stream)
-        except TimeoutError:
-            self._metrics.uploads.labels("interrupted").inc()
-            stream.check()
-            raise _interrupted(f"nothing arrived for {self._idle_timeout:g} seconds") from None
+                        self._close(stream)
         except (ArtifactError, DiskFull):
             self._metrics.uploads.labels("refused").inc()
-            path.unlink(missing_ok=True)
+            self._discard(arrival.hospital, folder)
             raise
         except BaseException:
             self._metrics.uploads.labels("interrupted").inc()
@@ -205,22 +207,25 @@ class Uploads:
         self._metrics.uploads.labels("committed").inc()
         return vector
 
-    def forget(self, hospital: str) -> None:
-        """Ends a hospital's uploads and removes everything of it that is not recorded as a vector."""
-        reason = AlreadyWithdrawn("this hospital withdrew while the vector was on its way", remedy="do not send it")
-        for (owner, _), stream in self._streams.items():
-            if owner == hospital:
-                stream.end(reason)
-        for path in self._parts(hospital):
-            path.unlink(missing_ok=True)
-        recorded = {
-            self._store.blob(hospital, vector.spec.artifact.digest)
-            for vector in self._registry.vectors()
-            if vector.spec.hospital == hospital
+    def withdraw(self, hospital: str, base_digest: str | None) -> tuple[list[DataVector], list[ModelVersion]]:
+        """Takes back a hospital's vectors of one base, or all: those that are recorded and those on their way.
+
+        Returns:
+            The withdrawn vectors, and the revoked versions that contain one.
+        """
+        arriving = {
+            folder: vector
+            for folder in self._store.uploads(hospital)
+            if (vector := _record_to_be(folder)) and base_digest in (None, vector.spec.base_model_ref)
         }
-        for path in self._store.blob(hospital, "any").parent.glob("*"):
-            if path not in recorded:
-                path.unlink(missing_ok=True)
+        vectors, versions = self._registry.withdraw(hospital, base_digest, arriving.values())
+        reason = AlreadyWithdrawn("this hospital withdrew while the vector was on its way", remedy="do not send it")
+        for stream in self._streams.values():
+            if stream.arrival.hospital == hospital and base_digest in (None, stream.arrival.base.digest):
+                stream.end(reason)
+        for folder in arriving:
+            self._discard(hospital, folder)
+        return vectors, versions
 
     async def finish_commits(self) -> None:
         """Waits for the commits that are under way."""
@@ -239,7 +244,7 @@ class Uploads:
         blob = self._store.blob(*arrival.key)
         if not await asyncio.to_thread(_holds, blob, arrival.sha256):
             return None
-        # While the file was read, another call may have recorded it, and a withdrawal may have removed it.
+        # While the file was read, another call may have recorded it, and a withdrawal may have taken it back.
         if recorded := self._recorded(arrival):
             return recorded
         if not blob.is_file():
@@ -277,6 +282,7 @@ class Uploads:
     def _add(self, arrival: Arrival) -> DataVector:
         vector = self._registry.add_vector(arrival.vector())
         self._wake()
+        shutil.rmtree(self._store.upload(*arrival.key), ignore_errors=True)
         return vector
 
     def _check_quota(self, hospital: str) -> None:
@@ -303,32 +309,41 @@ class Uploads:
                 f"{arrival.hospital!r} has {len(streaming)} open uploads, more are not taken",
                 remedy="let one end first",
             )
-        abandoned = [path for path in self._parts(arrival.hospital) if path.stem not in {*streaming, arrival.sha256}]
-        for path in abandoned[: max(len(abandoned) + len(streaming) + 1 - self._max_open, 0)]:
-            path.unlink()
+        open_now = {*streaming, arrival.sha256}
+        abandoned = [folder for folder in self._store.uploads(arrival.hospital) if folder.name not in open_now]
+        for folder in abandoned[: max(len(abandoned) + len(open_now) - self._max_open, 0)]:
+            self._discard(arrival.hospital, folder)
 
-    def _parts(self, hospital: str) -> list[Path]:
-        """A hospital's vectors that have not arrived in full, least recently written first."""
-        parts = self._store.upload(hospital, "any").parent.glob("*.part")
-        return sorted(parts, key=lambda path: path.stat().st_mtime_ns)
+    def _note(self, arrival: Arrival) -> None:
+        """Makes the folder of a vector on its way, with the record to be."""
+        path = self._store.upload(*arrival.key) / RECORD
+        if not path.is_file():
+            write_json(path, arrival.vector().dump(), mode=0o600)
+
+    def _discard(self, hospital: str, folder: Path) -> None:
+        """Removes a vector that is not recorded: what has arrived of it, or its blob where a crash left one."""
+        recorded = {
+            vector.spec.artifact.digest for vector in self._registry.vectors() if vector.spec.hospital == hospital
+        }
+        if f"sha256:{folder.name}" not in recorded:
+            self._store.erase_blob(hospital, folder.name)
+        shutil.rmtree(folder, ignore_errors=True)
 
     # --- The bytes
 
-    async def _append(self, stream: Stream, arrival: Arrival, path: Path, offset: int, read: Read) -> None:
+    async def _append(self, stream: Stream, path: Path, offset: int, read: Read) -> None:
         """Checks and appends what comes, until a final record that fits."""
+        arrival = stream.arrival
         scanner = VectorScanner(arrival.base.vector_layout)
-        loop = asyncio.get_running_loop()
         with disk_full_at(path), path.open("ab", buffering=0) as file:
             if file.tell() != offset:
                 raise _interrupted(f"the upload goes on from byte {file.tell()}, not {offset}")
             if offset:
-                stream.timer.reschedule(None)
                 await asyncio.to_thread(_rescan, path, scanner)
                 self._metrics.resumed_bytes.inc(offset)
             while True:
-                stream.timer.reschedule(loop.time() + self._idle_timeout)
                 message = await read()
-                stream.check()
+                stream.ending.check()
                 if message is None:
                     raise _interrupted("the stream ended without its final record")
                 part = read_request(message)
@@ -347,28 +362,32 @@ class Uploads:
                 remedy="the file changed while it was sent: send it again",
             )
 
-    async def _commit(self, stream: Stream, arrival: Arrival, path: Path) -> DataVector:
+    async def _commit(self, stream: Stream, path: Path) -> DataVector:
         try:
             with disk_full_at(path):
                 await asyncio.to_thread(fsync, path)
-            return self._record(stream, arrival, path)
+                return self._record(stream, path)
         finally:
-            self._close(arrival, stream)
+            self._close(stream)
 
-    def _record(self, stream: Stream, arrival: Arrival, path: Path) -> DataVector:
+    def _record(self, stream: Stream, path: Path) -> DataVector:
         """Makes a vector of a file on disk, in one step: a withdrawal comes before it and ends it, or finds it."""
-        stream.check()
-        blob = self._store.blob(*arrival.key)
+        stream.ending.check()
+        blob = self._store.blob(*stream.arrival.key)
         if not blob.parent.is_dir():
             blob.parent.mkdir()
             fsync(blob.parent.parent)
         path.rename(blob)
         fsync(blob.parent)
-        return self._add(arrival)
+        try:
+            return self._add(stream.arrival)
+        except DataVectorError:
+            blob.rename(path)
+            raise
 
-    def _close(self, arrival: Arrival, stream: Stream) -> None:
-        if self._streams.get(arrival.key) is stream:
-            del self._streams[arrival.key]
+    def _close(self, stream: Stream) -> None:
+        if self._streams.get(stream.arrival.key) is stream:
+            del self._streams[stream.arrival.key]
 
 
 def _interrupted(reason: str) -> TryAgain:
@@ -380,6 +399,14 @@ def _rescan(path: Path, scanner: VectorScanner) -> None:
     with path.open("rb", buffering=0) as file:
         while block := file.read(CHUNK):
             scanner.feed(block)
+
+
+def _record_to_be(folder: Path) -> DataVector | None:
+    """The record of a vector on its way; None where nothing of it has arrived."""
+    try:
+        return DataVector.parse(json.loads((folder / RECORD).read_text()))
+    except FileNotFoundError:
+        return None
 
 
 def _holds(path: Path, sha256: str) -> bool:

@@ -12,6 +12,7 @@ DataVectorError                     exit code 1
 │   ├── WrongHospital, Denied, QuotaExceeded, AlreadyWithdrawn, ProtocolError, NotReady, NotFound
 ├── Unreachable                     no aggregator at that address now; worth trying again
 ├── TryAgain                        the aggregator gave the call up for a reason that passes
+├── InternalError                   the aggregator failed for a reason of its own
 ├── DiskFull                        nothing half-stored stays
 ├── TrainingFailed                  one of several training processes ended
 ├── SiteFailed                      one of the demo's processes ended
@@ -169,6 +170,10 @@ class TryAgain(DataVectorError):
     """The aggregator gave a call up for a reason that passes: a stalled stream, a meeting that lost its quorum."""
 
     status = "ABORTED"
+
+
+class InternalError(DataVectorError):
+    """The aggregator failed on a call for a reason of its own, which only its log tells."""
 
 
 class DiskFull(DataVectorError):

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from aggregator.receiver import Receiver, ReceiverSettings
+from aggregator.receiver import Receiver
 from aggregator.registry import SqliteRegistry
-from aggregator.resources import MergePolicy
+from aggregator.resources import MergePolicy, ModelVersion, Phase, utc_now
+from aggregator.settings import ReceiverSettings, Tls
 from aggregator.store import Store
 from datavector.files import sha256_file
 from datavector.layout import FloatArray
@@ -72,23 +73,26 @@ def make_store(root: Path, *bases: BaseModel) -> Store:
     for base in bases:
         store.import_base(base.path)
     registry = SqliteRegistry(root / "registry.sqlite")
-    registry.set_policies(
-        MergePolicy.parse({"metadata": {"name": base.name}, "spec": {"baseModelRef": base.digest}}) for base in bases
-    )
+    registry.set_policies(map(policy_of, bases))
     registry.close()
     return store
 
 
-def make_settings(certificates: Path, **changes: Any) -> ReceiverSettings:
-    return ReceiverSettings(
-        **{
-            "listen": "127.0.0.1:0",
-            "certificate": certificates / "aggregator.crt",
-            "key": certificates / "aggregator.key",
-            "ca": certificates / "ca.crt",
-            **changes,
-        }
-    )
+def policy_of(base: BaseModel, **spec: Any) -> MergePolicy:
+    """A policy of the base model's name."""
+    return MergePolicy.parse({"metadata": {"name": base.name}, "spec": {"baseModelRef": base.digest, **spec}})
+
+
+def make_settings(certificates: Path, *, listen: str = "127.0.0.1:0", **changes: Any) -> ReceiverSettings:
+    """Settings of a receiver; other `changes` are those of its TLS and its limits, by their own names."""
+    tls = {
+        "certificate": certificates / "aggregator.crt",
+        "key": certificates / "aggregator.key",
+        "ca": certificates / "ca.crt",
+        **{name: value for name, value in changes.items() if name in Tls.model_fields},
+    }
+    limits = {name: value for name, value in changes.items() if name not in tls}
+    return ReceiverSettings.model_validate({"listen": listen, "tls": tls, "limits": limits})
 
 
 class Serving:
@@ -114,6 +118,39 @@ class Serving:
         self._thread.join()
         self._loop.close()
         self.registry.close()
+
+    def calibrate(
+        self,
+        base: BaseModel,
+        name: str,
+        *hospitals: str,
+        mode: str = "visit",
+        quorum: int | None = None,
+        visits: int = 1,
+    ) -> None:
+        """Makes a version of the policy `base.name` that asks its hospitals; its merged weights are b"weights"."""
+        calibration = {"mode": mode, "visits": visits}
+        policy = policy_of(base, calibration=calibration | ({"quorum": quorum} if quorum else {}))
+        others = [each for each in self.registry.policies() if each.name != base.name]
+        self.registry.set_policies([*others, policy])
+        self.store.merged(name).parent.mkdir(parents=True, exist_ok=True)
+        self.store.merged(name).write_bytes(b"weights")
+        inputs = [
+            {"dataVector": each, "hospital": each, "digest": f"sha256:{'0' * 64}", "sampleCount": 1}
+            for each in hospitals
+        ]
+        spec = {
+            "policyRef": base.name, "baseModelRef": base.digest, "inputs": inputs, "inputsHash": "0" * 64,
+            "method": {}, "calibration": calibration, "export": {},
+        }  # fmt: skip
+        self.registry.add_version(
+            ModelVersion.parse({"metadata": {"name": name}, "spec": spec, "status": {"phase": "Calibrating"}})
+        )
+
+    def stop_calibration(self, name: str) -> None:
+        """Lets another version take its place."""
+        version = next(version for version in self.registry.versions() if version.name == name)
+        self.registry.save(version.with_phase(Phase.SUPERSEDED, now=utc_now()))
 
     def metric(self, name: str, **labels: str) -> float:
         return self.receiver.metrics.registry.get_sample_value(f"datavector_receiver_{name}", labels) or 0.0

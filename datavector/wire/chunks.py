@@ -13,7 +13,7 @@ from datavector.errors import ProtocolError
 from datavector.wire.v1.exchange_pb2 import UploadRequest
 
 CHUNK = 1 << 20
-MAX_MESSAGE = 4 << 20
+MAX_MESSAGE = CHUNK + (64 << 10)  # a chunk, or a layer's moments, with all that belongs to it
 
 _TAG = UploadRequest.CHUNK_FIELD_NUMBER << 3 | 2
 

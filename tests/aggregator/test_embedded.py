@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +15,14 @@ import pytest
 from aggregator.registry import SqliteRegistry
 from aggregator.resources import Phase
 from aggregator.store import Store
+from datavector.errors import DiskFull
 from datavector.files import sha256_file
 from datavector.model import BaseModel
 from datavector.networks import create_base
 from datavector.release import verify_release
 from tests.aggregator.objects import policy
 from tests.aggregator.reconciling import reconciling, wait_for_merge
+from tests.integration.processes import children, command_line
 
 
 @pytest.fixture
@@ -64,8 +68,7 @@ async def test_arrivals_are_merged_and_their_hospitals_asked(store, registry, ar
         arrive(small_base, "north", "south")
         await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
         (version,) = running.in_phase(Phase.CALIBRATING)
-        (asked,) = store.open_calibrations()
-        assert (asked.version, asked.hospitals, asked.quorum) == (version.name, ("north", "south"), 2)
+        assert running.waiting["brain"].startswith(f"{version.name}: 0 of 2 hospitals came back to calibrate it")
         assert version.status.weights_sha256 == sha256_file(store.merged(version.name))
 
 
@@ -82,7 +85,6 @@ async def test_a_later_arrival_makes_the_next_version_and_the_unfinished_one_lea
         (second,) = running.in_phase(Phase.CALIBRATING)
         assert second.hospitals == ("east", "north", "south")
         assert not store.has_version(first.name)
-        assert [asked.version for asked in store.open_calibrations()] == [second.name]
 
 
 async def test_a_quiet_period_is_waited_for_and_then_the_merge_begins_by_itself(store, registry, arrive, small_base):
@@ -199,6 +201,56 @@ async def test_a_fault_that_nobody_foresaw_is_logged_and_does_not_end_the_reconc
         (visits / "north.npz").unlink()
         running.waiting.clear()
         await running.until(lambda: bool(running.waiting))
+
+
+async def test_a_fault_of_one_policy_stops_neither_the_others_nor_a_withdrawal(
+    store, registry, arrive, small_base, large_base, monkeypatch, complained
+):
+    rules = {"quiet": 0, "mode": "visit"}
+    registry.set_policies([policy("one", base="small", **rules)])
+    arrive(small_base, "north", "south")
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+        (version,) = running.in_phase(Phase.CALIBRATING)
+
+        def full(name, _):
+            raise DiskFull(store.version(name))
+
+        with monkeypatch.context() as broken:
+            broken.setattr(store, "write_version", full)
+            registry.set_policies([policy("one", base="small", **rules), policy("other", base="large", **rules)])
+            arrive(small_base, "west")
+            arrive(large_base, "north", "south")
+            registry.withdraw("south", small_base.digest)
+            await running.until(lambda: complained.is_set() and not store.has_version(version.name))
+            waiting = running.waiting
+        assert "stopped by an error: no space left" in waiting["one"]
+        assert "stopped by an error: no space left" in waiting["other"]
+        assert not [each for each in registry.vectors() if not each.granted and not each.status.erased_at]
+        await running.until(lambda: len(running.in_phase(Phase.CALIBRATING)) == 2)
+
+
+async def test_a_version_whose_policy_is_gone_asks_nobody_any_more(store, registry, arrive, small_base):
+    registry.set_policies([policy(base="small", quiet=0, mode="visit")])
+    arrive(small_base, "north", "south")
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+        registry.set_policies([])
+        await running.until(lambda: bool(running.in_phase(Phase.SUPERSEDED)))
+        await running.until(lambda: not any((store.root / "versions").iterdir()))
+
+
+async def test_a_job_that_is_killed_is_tried_again_and_not_counted(store, registry, arrive, large_base):
+    registry.set_policies([policy(base="large", quiet=0, mode="visit")])
+    arrive(large_base, "north", "south")
+    async with reconciling(store, registry) as running:
+        await asyncio.to_thread(wait_for_merge, store)
+        (job,) = (pid for pid in children(os.getpid()) if "aggregator.job" in command_line(pid))
+        os.kill(job, signal.SIGKILL)
+        await running.until(lambda: any(version.status.message for version in registry.versions()))
+    (version,) = registry.versions()
+    assert (version.status.attempts, version.status.message) == (0, "the merge process was killed by signal 9")
+    assert version.status.retry_at is not None
 
 
 async def test_stopping_ends_the_jobs_and_starting_again_goes_on(store, registry, arrive, large_base):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from aggregator.job import calibrate
-from aggregator.reconcile import Base, World, desired_version, eligible
-from aggregator.resources import ModelVersion
+from aggregator.reconcile import EXIT_PASSING, Base, World, desired_version, eligible
+from aggregator.resources import ModelVersion, Phase, utc_now
 from aggregator.store import Store, Visit
 from datavector.files import sha256_file
 from datavector.layout import TensorFile
@@ -41,7 +41,9 @@ def start(store, small_base, deliver):
             for number, name in enumerate(hospitals or HOSPITALS, start=1)
         )
         world = World(policy(base=base.digest, **rules), Base(base.digest, has_batchnorm=True), vectors)
-        version = desired_version(world, eligible(world))
+        version = desired_version(world, eligible(world)).with_phase(
+            Phase.RELEASING, now=utc_now(), quorum=rules.get("quorum", 0)
+        )
         store.write_version(version.name, version.dump())
         return version
 
@@ -139,6 +141,16 @@ def test_a_job_ends_with_its_parent(store, start):
         job.stdin.close()
         assert job.wait() == 1
     assert store.report(version.name, "merge") is None
+
+
+def test_a_failure_that_may_pass_has_an_exit_code_of_its_own(store, start):
+    version = start()
+    store.merged(version.name).mkdir()  # in the way of the rename
+    done = run(store, version, "merge")
+    assert done.returncode == EXIT_PASSING
+    assert "Traceback" not in done.stderr
+    store.merged(version.name).rmdir()
+    assert run(store, version, "merge").returncode == 0
 
 
 # --- calibration

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from agent.ledger import read_ledger
-from aggregator.store import OpenCalibration
 from datavector.errors import ArtifactError, NotFound, ProtocolError, TryAgain
 from datavector.merge.batchnorm import Moments, pool
 from datavector.wire.v1.exchange_pb2 import (
@@ -48,12 +47,7 @@ def ask(receiver, small_base):
     """Opens a calibration of a version of north, south and west."""
 
     def ask(mode, *, quorum=3, rounds=1, hospitals=("north", "south", "west")):
-        merged = receiver.store.merged(VERSION)
-        merged.parent.mkdir(parents=True, exist_ok=True)
-        merged.write_bytes(b"weights")
-        receiver.store.open_calibration(
-            OpenCalibration(VERSION, small_base.digest, mode, tuple(hospitals), quorum, rounds)
-        )
+        receiver.calibrate(small_base, VERSION, *hospitals, mode=mode, quorum=quorum, visits=rounds)
 
     return ask
 
@@ -128,7 +122,7 @@ def test_an_answer_that_got_lost_is_given_again_and_changes_nothing(receiver, as
 def test_a_visit_that_is_no_longer_wanted_is_refused_and_not_stored(receiver, ask, task_of):
     ask("visit")
     client, task = task_of("north")
-    receiver.store.close_calibration(VERSION)
+    receiver.stop_calibration(VERSION)
     with pytest.raises(NotFound, match="does not wait for 'north'"):
         client.complete_visit(task, own(1), images=1)
     assert receiver.store.visits(VERSION) == []
@@ -225,10 +219,8 @@ def test_everybody_gets_the_moments_of_all_and_the_stored_visits_pool_to_the_sam
 
 def test_a_meeting_needs_its_quorum_and_waits_a_little_for_the_rest(start_receiver, small_base, connect):
     receiver = start_receiver(small_base, meeting_grace_seconds=0.1)
-    receiver.store.version(VERSION).mkdir(parents=True)
-    receiver.store.merged(VERSION).write_bytes(b"weights")
     hospitals = ("north", "south", "west")
-    receiver.store.open_calibration(OpenCalibration(VERSION, small_base.digest, "meeting", hospitals, 2, 1))
+    receiver.calibrate(small_base, VERSION, *hospitals, mode="meeting", quorum=2)
     seats = []
     for seed, name in enumerate(("north", "south"), 1):
         client = connect(receiver.address, name)
@@ -277,11 +269,9 @@ def test_below_the_quorum_everybody_may_start_again(receiver, ask, task_of, conn
 
 
 def test_a_hospital_that_stalls_is_not_waited_for(start_receiver, small_base, connect):
-    receiver = start_receiver(small_base, idle_timeout_seconds=0.3)
-    receiver.store.version(VERSION).mkdir(parents=True)
-    receiver.store.merged(VERSION).write_bytes(b"weights")
+    receiver = start_receiver(small_base, idle_timeout_seconds=1)
     hospitals = ("north", "south", "west")
-    receiver.store.open_calibration(OpenCalibration(VERSION, small_base.digest, "meeting", hospitals, 2, 1))
+    receiver.calibrate(small_base, VERSION, *hospitals, mode="meeting", quorum=2)
     others_done = threading.Event()
     seats = []
     for seed, name in enumerate(hospitals, 1):
@@ -294,7 +284,45 @@ def test_a_hospital_that_stalls_is_not_waited_for(start_receiver, small_base, co
         south.result()
         others_done.set()
         assert isinstance(west.exception(), TryAgain)
-        assert "nothing arrived for 0.3 seconds" in str(west.exception())
+        assert "nothing arrived for 1 seconds" in str(west.exception())
+
+
+def test_when_several_stall_at_once_and_too_few_are_left_everybody_is_told(start_receiver, small_base, connect):
+    receiver = start_receiver(small_base, idle_timeout_seconds=0.5)
+    hospitals = ("north", "south", "west")
+    receiver.calibrate(small_base, VERSION, *hospitals, mode="meeting")
+    all_told = threading.Event()
+    seats = []
+    for seed, name in enumerate(hospitals, 1):
+        client = connect(receiver.address, name)
+        stall = {"step": lambda layer: layer == "bn1" and all_told.wait()} if name != "north" else {}
+        seats.append(((client, client.list_tasks().tasks[0], seed), {"images": 1, **stall}))
+    with ThreadPoolExecutor(3) as executor:
+        north, *stalling = (executor.submit(attend, *arguments, **options) for arguments, options in seats)
+        assert isinstance(north.exception(), TryAgain)
+        all_told.set()
+        assert all(isinstance(each.exception(), TryAgain) for each in stalling)
+
+
+def test_a_step_that_fails_at_the_aggregator_leaves_nobody_waiting(receiver, ask, task_of, monkeypatch, caplog):
+    ask("meeting", hospitals=("north", "south"))
+
+    def failing(*_):
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(receiver.store, "save_meeting", failing)
+    both = together(((*task_of("north"), 10), {"images": 1}), ((*task_of("south"), 20), {"images": 1}))
+    for each in both:
+        assert isinstance(each.exception(), TryAgain)
+        assert "a mistake" not in str(each.exception())
+    assert "a mistake" in caplog.text
+
+
+@pytest.mark.parametrize("images", [0, 2**63])
+def test_a_number_of_images_that_makes_no_sense_is_refused(ask, task_of, images):
+    ask("meeting")
+    with pytest.raises(ProtocolError, match="images were used"):
+        attend(*task_of("north"), 10, images=images)
 
 
 def test_who_is_at_another_layer_than_the_others_is_sent_away(receiver, ask, task_of):
@@ -315,14 +343,12 @@ def test_who_is_at_another_layer_than_the_others_is_sent_away(receiver, ask, tas
 
 def test_a_meeting_that_is_no_longer_wanted_lets_the_waiting_go(start_receiver, small_base, connect):
     receiver = start_receiver(small_base, poll_seconds=0.05)
-    receiver.store.version(VERSION).mkdir(parents=True)
-    receiver.store.merged(VERSION).write_bytes(b"weights")
-    receiver.store.open_calibration(OpenCalibration(VERSION, small_base.digest, "meeting", ("north", "south"), 2, 1))
+    receiver.calibrate(small_base, VERSION, "north", "south", mode="meeting", quorum=2)
     client = connect(receiver.address)
     (task,) = client.list_tasks().tasks
     with ThreadPoolExecutor(1) as executor:
         waiting = executor.submit(attend, client, task, 1, images=1)
-        receiver.store.close_calibration(VERSION)
+        receiver.stop_calibration(VERSION)
         assert isinstance(waiting.exception(), NotFound)
 
 

@@ -21,13 +21,15 @@ from agent.client import Client, Credentials, inside
 from agent.ledger import Ledger, read_ledger
 from agent.upload import upload
 from aggregator.resources import ModelVersion
-from aggregator.store import OpenCalibration
 from datavector.errors import (
     CertificateError,
     Denied,
+    InternalError,
     NotFound,
     NotReady,
     ProtocolError,
+    QuotaExceeded,
+    TryAgain,
     Unreachable,
     UsageError,
     WrongDigest,
@@ -113,6 +115,7 @@ def test_an_expired_certificate_is_refused_here_and_there(receiver, tmp_path, au
     with pytest.raises(CertificateError, match="expired on"):
         Client(receiver.address, Credentials(tmp_path / "north.crt", tmp_path / "north.key", tmp_path / "ca.crt"))
     assert is_turned_away(receiver, tmp_path, "north")
+    assert not is_turned_away(receiver, authority, "north")
 
 
 def test_another_trust_domain_of_the_same_authority_is_refused(start_receiver, small_base, connect):
@@ -122,9 +125,13 @@ def test_another_trust_domain_of_the_same_authority_is_refused(start_receiver, s
 
 
 def test_the_aggregators_own_certificate_is_no_hospitals(receiver, authority):
-    channel = grpc.secure_channel(receiver.address, channel_credentials(authority, "aggregator"))
-    with channel, pytest.raises(grpc.RpcError) as caught:
-        channel.unary_unary("/datavector.v1.Exchange/Describe")(b"", timeout=10)
+    def describe(name):
+        with grpc.secure_channel(receiver.address, channel_credentials(authority, name)) as channel:
+            return channel.unary_unary("/datavector.v1.Exchange/Describe")(b"", timeout=10)
+
+    assert b"north" in describe("north")
+    with pytest.raises(grpc.RpcError) as caught:
+        describe("aggregator")
     assert caught.value.code() in (grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNAVAILABLE)
 
 
@@ -253,6 +260,7 @@ def test_tls_1_2_is_refused(receiver, authority):
 
 def test_without_a_certificate_nobody_gets_in(receiver, authority):
     assert is_turned_away(receiver, authority, None)
+    assert not is_turned_away(receiver, authority, "north")
 
 
 # --- The deny list --------------------------------------------------------------------------------------------
@@ -273,6 +281,13 @@ def test_the_deny_list_is_read_again_when_it_changes(start_receiver, small_base,
     assert client.describe().hospital == "north"
     with pytest.raises(Denied):
         connect(receiver.address, "south").describe()
+
+
+def test_a_line_of_the_deny_list_that_means_nobody_is_logged(start_receiver, small_base, connect, tmp_path, caplog):
+    denied = tmp_path / "denied"
+    denied.write_text("sha256 Fingerprint=AB:CD\n")
+    connect(start_receiver(small_base, deny_list=denied).address).describe()
+    assert "neither a hospital nor 64 hexadecimal digits" in caplog.text
 
 
 def test_a_deny_list_that_is_gone_lets_nobody_in(start_receiver, small_base, connect, tmp_path):
@@ -370,10 +385,7 @@ def test_several_policies_want_one_named(receiver, connect):
 
 
 def test_merged_weights_are_only_for_the_hospitals_of_that_version(receiver, connect, small_base, tmp_path):
-    merged = receiver.store.merged("small-1")
-    merged.parent.mkdir(parents=True)
-    merged.write_bytes(b"weights")
-    receiver.store.open_calibration(OpenCalibration("small-1", small_base.digest, "visit", ("north",), 1, 1))
+    receiver.calibrate(small_base, "small-1", "north")
     (task,) = connect(receiver.address).list_tasks().tasks
     north, south = connect(receiver.address), connect(receiver.address, "south")
     assert north.fetch(task.weights, tmp_path / "north", task_id=task.id).read_bytes() == b"weights"
@@ -382,10 +394,9 @@ def test_merged_weights_are_only_for_the_hospitals_of_that_version(receiver, con
 
 
 def test_a_task_whose_version_was_just_erased_is_left_out_of_the_list(receiver, connect, small_base):
-    receiver.store.merged("small-2").parent.mkdir(parents=True)
-    receiver.store.merged("small-2").write_bytes(b"weights")
     for name in ("small-1", "small-2"):
-        receiver.store.open_calibration(OpenCalibration(name, small_base.digest, "visit", ("north",), 1, 1))
+        receiver.calibrate(small_base, name, "north")
+    receiver.store.merged("small-1").unlink()
     assert [task.version for task in connect(receiver.address).list_tasks().tasks] == ["small-2"]
 
 
@@ -427,15 +438,53 @@ def test_the_health_service_answers_whom_it_knows(receiver, authority):
             assert reply.status == health_pb2.HealthCheckResponse.SERVING
 
 
+def test_a_hospital_has_only_so_many_calls_at_once(start_receiver, small_base, connect):
+    receiver = start_receiver(small_base, calls_per_hospital=2)
+    begun, release = threading.Barrier(3), threading.Event()
+
+    def hold_open(client):
+        def messages():
+            begun.wait()
+            release.wait()
+            yield b""
+
+        with pytest.raises(ProtocolError):
+            client.send_upload(messages())
+
+    with ThreadPoolExecutor(2) as executor:
+        held = [executor.submit(hold_open, connect(receiver.address)) for _ in range(2)]
+        begun.wait()
+        while receiver.metric("running_calls", method="Upload") < 2:
+            pass
+        with pytest.raises(QuotaExceeded, match="'north' has 2 calls running"):
+            connect(receiver.address).describe()
+        assert connect(receiver.address, "south").describe().hospital == "south"
+        release.set()
+        for each in held:
+            each.result()
+    assert connect(receiver.address).describe().hospital == "north"
+
+
 def test_an_internal_fault_is_told_without_its_text_and_the_receiver_goes_on(receiver, connect, caplog):
     receiver.registry._connection.execute("ALTER TABLE objects RENAME TO gone")
     client = connect(receiver.address)
-    with pytest.raises(Exception, match="its log has the cause") as caught:
+    with pytest.raises(TryAgain, match="its log has the cause") as caught:
         client.describe()
     assert "objects" not in str(caught.value)
     assert "no such table" in caplog.text
     receiver.registry._connection.execute("ALTER TABLE gone RENAME TO objects")
     assert client.describe().hospital == "north"
+
+
+def test_a_mistake_of_the_receiver_is_told_without_its_text(receiver, connect, caplog, monkeypatch):
+    def failing():
+        raise ValueError("a mistake")
+
+    monkeypatch.setattr(receiver.registry, "policies", failing)
+    with pytest.raises(InternalError, match="its log has the cause") as caught:
+        connect(receiver.address).describe()
+    assert "a mistake" not in str(caught.value)
+    assert "a mistake" in caplog.text
 
 
 def test_a_taken_address_says_so(receiver, authority, tmp_path, small_base):

@@ -94,7 +94,7 @@ def durable(client, info, at_least):
 
 def until_stored(receiver, hospital, info, size):
     """Waits until `size` bytes have arrived, without asking (asking ends the stream)."""
-    path = receiver.store.upload(hospital, info.sha256)
+    path = receiver.store.upload(hospital, info.sha256) / "part"
     while not path.is_file() or path.stat().st_size < size:
         pass
 
@@ -125,7 +125,7 @@ def test_a_vector_that_is_too_long_is_refused(receiver, connect, vector):
         connect(receiver.address).send_upload(iter([opening(info), *chunks(data + b"\0"), final(info)]))
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 3e38, -1e13])
 def test_a_vector_that_is_not_finite_is_refused_with_what_to_do(receiver, connect, vector, value):
     data, info = vector
     bad = data[:-4] + np.float32(value).tobytes()
@@ -159,7 +159,16 @@ def test_an_unknown_base_is_answered_with_those_that_are_merged(receiver, connec
         connect(receiver.address).begin_upload(info)
 
 
-@pytest.mark.parametrize("change", [{"sha256": "../../etc/passwd"}, {"sequence": 0}, {"sample_count": 0}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sha256": "../../etc/passwd"},
+        {"sequence": 0},
+        {"sequence": 2**63},
+        {"sample_count": 0},
+        {"sample_count": 2**40},
+    ],
+)
 def test_an_announcement_that_makes_no_sense_is_refused(receiver, connect, vector, change):
     _, info = vector
     for name, value in change.items():
@@ -259,10 +268,10 @@ def test_a_stream_that_opens_at_a_stale_offset_is_told_the_true_one(receiver, co
 
 def test_a_silent_stream_is_ended_and_its_bytes_are_kept(start_receiver, small_base, large_base, connect, large_vector):
     data, info = large_vector
-    receiver = start_receiver(small_base, large_base, idle_timeout_seconds=0.2)
+    receiver = start_receiver(small_base, large_base, idle_timeout_seconds=1)
     silent = OpenUpload(connect(receiver.address), info)
     silent.send(*chunks(data[:CHUNK]))
-    assert "nothing arrived for 0.2 seconds" in silent.end().message
+    assert "nothing arrived for 1 seconds" in silent.end().message
     assert connect(receiver.address).begin_upload(info).offset == CHUNK
 
 
@@ -281,7 +290,7 @@ def test_two_hospitals_upload_at_once_and_both_are_kept_apart(receiver, connect,
 
 
 def test_a_hospital_may_have_only_so_many_open_uploads(start_receiver, small_base, connect, tmp_path):
-    receiver = start_receiver(small_base, max_uploads_per_hospital=1)
+    receiver = start_receiver(small_base, uploads_per_hospital=1)
     first, second = (announce(write_tau(tmp_path / str(seed), small_base, seed=seed), small_base) for seed in (1, 2))
     running = OpenUpload(connect(receiver.address), first)
     running.send(frame_chunk(b""))
@@ -292,7 +301,7 @@ def test_a_hospital_may_have_only_so_many_open_uploads(start_receiver, small_bas
 
 
 def test_an_abandoned_upload_gives_way_to_a_new_one(start_receiver, small_base, connect, tmp_path):
-    receiver = start_receiver(small_base, max_uploads_per_hospital=1)
+    receiver = start_receiver(small_base, uploads_per_hospital=1)
     client = connect(receiver.address)
     vectors = [write_tau(tmp_path / str(seed), small_base, seed=seed) for seed in (1, 2)]
     first, second = (announce(path, small_base) for path in vectors)
@@ -304,7 +313,7 @@ def test_an_abandoned_upload_gives_way_to_a_new_one(start_receiver, small_base, 
 
 
 def test_a_hospital_may_have_only_so_many_vectors(start_receiver, small_base, connect, tmp_path):
-    receiver = start_receiver(small_base, max_vectors_per_hospital=1)
+    receiver = start_receiver(small_base, vectors_per_hospital=1)
     client = connect(receiver.address)
     for seed in (1, 2):
         path = write_tau(tmp_path / str(seed), small_base, seed=seed)
@@ -337,33 +346,115 @@ def test_a_vector_that_a_newer_one_has_replaced_is_refused_with_what_to_do(
     assert client.begin_upload(newer).committed
 
 
-def test_a_withdrawal_ends_what_is_on_its_way_and_removes_it(receiver, connect, large_vector):
+def test_a_withdrawal_ends_what_is_on_its_way_and_it_is_never_taken_again(receiver, connect, large_vector):
     data, info = large_vector
     running = OpenUpload(connect(receiver.address), info)
     running.send(*chunks(data[:CHUNK]))
     until_stored(receiver, "north", info, CHUNK)
-    connect(receiver.address).withdraw()
+    (name,) = connect(receiver.address).withdraw().vectors
     assert isinstance(running.end(), AlreadyWithdrawn)
+    assert_withdrawn(receiver, connect, info, name)
+
+
+def test_a_withdrawal_finds_a_vector_whose_link_was_cut(receiver, connect, large_vector):
+    data, info = large_vector
+    client = connect(receiver.address)
+    with pytest.raises(TryAgain):
+        client.send_upload(iter([opening(info), *chunks(data[:CHUNK])]))
+    (name,) = client.withdraw().vectors
+    assert_withdrawn(receiver, connect, info, name)
+
+
+def test_a_withdrawal_finds_a_vector_that_was_only_announced(receiver, connect, vector):
+    client = connect(receiver.address)
+    client.begin_upload(vector[1])
+    (name,) = client.withdraw().vectors
+    assert_withdrawn(receiver, connect, vector[1], name)
+
+
+def test_a_withdrawal_finds_what_a_crash_left_between_rename_and_record(receiver, connect, vector):
+    data, info = vector
+    client = connect(receiver.address)
+    left_by_a_crash(receiver.store, client, info, data)
+    (name,) = client.withdraw().vectors
+    assert_withdrawn(receiver, connect, info, name)
+
+
+def assert_withdrawn(receiver, connect, info, name):
+    """Nothing has stayed but the record that it was taken back, and it is not taken again."""
+    (record,) = receiver.registry.vectors()
+    assert (record.name, record.granted, record.spec.sequence) == (name, False, info.sequence)
     assert not receiver.store.upload("north", info.sha256).exists()
-    assert receiver.registry.vectors() == []
+    with pytest.raises(AlreadyWithdrawn, match=name):
+        connect(receiver.address).begin_upload(info)
+
+
+def test_a_withdrawal_from_one_base_leaves_uploads_for_another(receiver, connect, small_base, large_vector, vector):
+    data, info = large_vector
+    running = OpenUpload(connect(receiver.address), info)
+    running.send(*chunks(data[:CHUNK]))
+    until_stored(receiver, "north", info, CHUNK)
+    client = connect(receiver.address)
+    client.begin_upload(vector[1])
+    assert len(client.withdraw(small_base.digest).vectors) == 1
+    running.send(*chunks(data[CHUNK:]), final(info))
+    assert running.end() is None
+    assert [record.granted for record in receiver.registry.vectors()] == [False, True]
 
 
 # --- Crashes and disks ----------------------------------------------------------------------------------------
 
 
+def left_by_a_crash(store, client, info, data):
+    """A vector whose file is in its place, but not recorded."""
+    client.begin_upload(info)
+    blob = store.blob("north", info.sha256)
+    blob.parent.mkdir(parents=True, exist_ok=True)
+    blob.write_bytes(data)
+
+
 def test_a_crash_between_rename_and_record_is_mended_by_the_next_try(receiver, connect, vector):
     data, info = vector
-    blob = receiver.store.blob("north", info.sha256)
-    blob.parent.mkdir(parents=True)
-    blob.write_bytes(data)
-    reply = connect(receiver.address).begin_upload(info)
+    client = connect(receiver.address)
+    left_by_a_crash(receiver.store, client, info, data)
+    reply = client.begin_upload(info)
     assert reply.committed
     assert [stored.name for stored in receiver.registry.vectors()] == [reply.vector]
+    assert not receiver.store.upload("north", info.sha256).exists()
     assert receiver.woken == 1
 
 
+def test_what_a_crash_left_goes_when_the_hospital_sends_something_else(start_receiver, small_base, connect, tmp_path):
+    receiver = start_receiver(small_base, uploads_per_hospital=1)
+    client = connect(receiver.address)
+    first, second = (write_tau(tmp_path / str(seed), small_base, seed=seed) for seed in (1, 2))
+    left = announce(first, small_base)
+    left_by_a_crash(receiver.store, client, left, first.read_bytes())
+    client.send_upload(whole((second.read_bytes(), announce(second, small_base))))
+    assert not receiver.store.blob("north", left.sha256).exists()
+    assert len(receiver.registry.vectors()) == 1
+
+
+@pytest.mark.parametrize("fault", [DiskFull, TryAgain])
+def test_a_vector_that_cannot_be_recorded_is_not_left_as_a_blob(receiver, connect, vector, fault, monkeypatch):
+    data, info = vector
+    client = connect(receiver.address)
+
+    def failing(_):
+        raise fault(receiver.store.root) if fault is DiskFull else TryAgain("locked", remedy="later")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(receiver.registry, "add_vector", failing)
+        with pytest.raises(fault):
+            client.send_upload(whole(vector))
+    assert not receiver.store.blob("north", info.sha256).exists()
+    kept = client.begin_upload(info).offset
+    assert kept == (0 if fault is DiskFull else len(data)), "a full disk keeps nothing"
+    assert client.send_upload(iter([opening(info, kept), *chunks(data[kept:]), final(info)])).vector
+
+
 def test_a_vector_that_a_crash_left_counts_for_the_quota(start_receiver, small_base, connect, vector, tmp_path):
-    receiver = start_receiver(small_base, max_vectors_per_hospital=1)
+    receiver = start_receiver(small_base, vectors_per_hospital=1)
     client = connect(receiver.address)
     client.send_upload(whole(vector))
     path = write_tau(tmp_path / "left", small_base, seed=2)
@@ -380,9 +471,8 @@ def uploads(small_base, tmp_path):
     registry = SqliteRegistry(store.root / "registry.sqlite")
     woken = []
     uploads = Uploads(
-        store, registry, Metrics(), lambda: woken.append(len(registry.vectors())),
-        idle_timeout_seconds=30, max_open=2, max_kept=16,
-    )  # fmt: skip
+        store, registry, Metrics(), lambda: woken.append(len(registry.vectors())), max_open=2, max_kept=16
+    )
     yield uploads, store, registry, woken
     registry.close()
 
@@ -411,22 +501,24 @@ def test_a_commit_whose_hospital_no_longer_listens_is_told_to_whoever_merges(upl
     assert woken == [1]
 
 
-def test_a_withdrawal_while_a_file_left_by_a_crash_is_read_leaves_no_record(uploads, small_base, vector):
+def test_a_withdrawal_while_a_file_left_by_a_crash_is_read_finds_it(uploads, small_base, vector):
     uploads, store, registry, _ = uploads
     data, info = vector
-    blob = store.blob("north", info.sha256)
-    blob.parent.mkdir(parents=True)
-    blob.write_bytes(data)
+    arrival = Arrival.parse("north", small_base, info)
 
     async def withdraw_meanwhile():
-        begun = asyncio.create_task(uploads.begin(Arrival.parse("north", small_base, info)))
+        await uploads.begin(arrival)
+        blob = store.blob("north", info.sha256)
+        blob.parent.mkdir(parents=True)
+        blob.write_bytes(data)
+        begun = asyncio.create_task(uploads.begin(arrival))
         await asyncio.sleep(0)
-        registry.withdraw("north", None)
-        uploads.forget("north")
-        return await begun
+        uploads.withdraw("north", None)
+        await begun
 
-    assert not asyncio.run(withdraw_meanwhile()).committed
-    assert registry.vectors() == []
+    with pytest.raises(AlreadyWithdrawn):
+        asyncio.run(withdraw_meanwhile())
+    assert [record.granted for record in registry.vectors()] == [False]
 
 
 @pytest.fixture
@@ -465,6 +557,7 @@ def test_a_disk_that_fills_up_on_the_way_keeps_nothing_half_and_the_receiver_goe
     client = connect(receiver.address)
     data, info = vector
     path = receiver.store.upload("north", info.sha256)
+    client.begin_upload(info)
     fill(small_disk / "filler")
     with pytest.raises(DiskFull, match="nothing of this call was kept"):
         client.send_upload(iter([opening(info), *chunks(data), final(info)]))

@@ -10,21 +10,20 @@ import pytest
 
 from aggregator.reconcile import (
     ATTEMPTS,
-    AskHospitals,
     Base,
     CreateVersion,
     EraseBlob,
     EraseVersion,
     RunJob,
     Save,
-    StopAsking,
     StopJob,
     WakeAt,
     World,
+    abandon,
     due,
     eligible,
-    erasures,
     explain,
+    job_failed,
     plan,
     quorum,
     sweep,
@@ -46,6 +45,15 @@ def phases(actions: list) -> dict[str, Phase]:
         for action in actions
         if isinstance(action, Save) and isinstance(action.resource, ModelVersion)
     }
+
+
+def swept(*worlds: World, now: datetime, on_disk: frozenset[str] = frozenset()) -> list:
+    """What is erased, where these are the worlds of all policies."""
+    versions = [version for world in worlds for version in world.versions]
+    vectors = list({vector.name: vector for world in worlds for vector in world.vectors}.values())
+    wanted = {vector.name for world in worlds for vector in eligible(world)}
+    running = {name for world in worlds for name in world.running}
+    return sweep(versions, vectors, wanted, running=running, on_disk=on_disk, now=now)
 
 
 # --- When a version is made ------------------------------------------------------------------------------------
@@ -103,7 +111,22 @@ def test_a_replacement_waits_on_its_own_after_what_it_replaces_was_merged():
     unmerged, merged, newest = (vector("north", number, at=at) for number, at in ((1, 0), (2, 100), (3, 1000)))
     ready = version(rules, merged, SOUTH, phase=Phase.READY, at=200)
     world = World(rules, BASE, (unmerged, merged, newest, SOUTH), (ready,))
-    assert due(world, eligible(world)) == at(1060)
+    assert due(world, eligible(world), at(1000)) == at(1060)
+
+
+def test_nobody_waits_for_what_a_clock_that_was_ahead_has_written():
+    year = 365 * 86400
+    world = World(policy(quiet=60), BASE, (NORTH, vector("south", at=year)))
+    assert created(world, at(1000)) == [("north-1", "south-1")]
+    waiting = version(policy(), NORTH, SOUTH, retry_at=at(year))
+    assert plan(World(policy(), BASE, (NORTH, SOUTH), (waiting,)), at(1)) == [RunJob(waiting.name, "merge")]
+    rules = policy(mode="visit", deadline_seconds=1000)
+    calibrating = version(rules, NORTH, SOUTH, phase=Phase.CALIBRATING, at=year)
+    assert phases(plan(World(rules, BASE, (NORTH, SOUTH), (calibrating,)), at(1))) == {
+        calibrating.name: Phase.RELEASING
+    }
+    apart = World(policy(quiet=60), BASE, (NORTH, vector("south", at=100)))
+    assert plan(apart, at(90)) == [WakeAt(at(160))], "clocks a few seconds apart are no fault"
 
 
 def test_each_later_arrival_makes_the_next_version_after_its_own_quiet_period():
@@ -164,8 +187,15 @@ def test_other_settings_make_another_version(other):
     assert version(other, NORTH, SOUTH).name != version(policy(), NORTH, SOUTH).name
 
 
-def test_the_trigger_is_no_input_of_a_version():
+def test_what_does_not_shape_the_result_is_no_input_of_a_version():
     assert version(policy(quiet=1, history=2), NORTH, SOUTH) == version(policy(), NORTH, SOUTH)
+    assert version(policy(quorum=1, deadline_seconds=5), NORTH, SOUTH) == version(policy(), NORTH, SOUTH)
+
+
+@pytest.mark.parametrize("change", [{"hospital": "west"}, {"sample_count": 101}])
+def test_the_same_bytes_of_another_hospital_or_of_more_images_make_another_version(change):
+    other = NORTH.model_copy(update={"spec": NORTH.spec.model_copy(update=change)})
+    assert version(policy(), other, SOUTH).name != version(policy(), NORTH, SOUTH).name
 
 
 def test_the_longest_policy_and_hospital_names_fit():
@@ -211,13 +241,11 @@ def test_a_model_without_batchnorm_asks_nobody():
 
 
 @pytest.mark.parametrize("mode", ["visit", "meeting"])
-def test_after_the_merge_the_hospitals_are_asked_before_the_version_says_so(mode):
+def test_after_the_merge_the_hospitals_are_asked(mode):
     rules = policy(mode=mode, quorum=1)
     pending = version(rules, NORTH, SOUTH)
     reports = {(pending.name, "merge"): {"weights_sha256": "m"}}
-    ask, save = plan(World(rules, BASE, (NORTH, SOUTH), (pending,), reports), at(5))
-    assert isinstance(ask, AskHospitals)
-    assert (ask.version, ask.quorum) == (save.resource, 1)
+    (save,) = plan(World(rules, BASE, (NORTH, SOUTH), (pending,), reports), at(5))
     assert (save.resource.status.phase, save.resource.status.calibration_started_at) == (Phase.CALIBRATING, at(5))
 
 
@@ -230,9 +258,8 @@ def test_a_calibration_waits_for_its_quorum_until_the_deadline():
         f"{calibrating.name}: 1 of 2 hospitals came back to calibrate it; "
         "waiting for east, north or until 2030-01-01 00:16:40Z"
     )
-    stop, save = plan(world, at(1000))
-    assert stop == StopAsking(calibrating.name)
-    assert save.resource.status.phase is Phase.RELEASING
+    (save,) = plan(world, at(1000))
+    assert (save.resource.status.phase, save.resource.status.quorum) == (Phase.RELEASING, 2)
     enough = replace(world, visits={calibrating.name: {"south": 1, "east": 1}})
     assert phases(plan(enough, at(1))) == {calibrating.name: Phase.RELEASING}
 
@@ -247,8 +274,16 @@ def test_a_second_round_of_visits_is_waited_for_but_a_meeting_is_one_round():
 
 
 def test_a_quorum_is_never_larger_than_the_version():
-    assert quorum(version(policy(mode="visit", quorum=7), NORTH, SOUTH)) == 2
-    assert quorum(version(policy(mode="visit"), NORTH, SOUTH)) == 2
+    of_two = version(policy(mode="visit"), NORTH, SOUTH)
+    assert quorum(policy(mode="visit", quorum=7).spec.calibration, of_two) == 2
+    assert quorum(policy(mode="visit").spec.calibration, of_two) == 2
+
+
+def test_a_quorum_that_is_lowered_keeps_the_visits_so_far():
+    calibrating = version(policy(mode="visit"), NORTH, SOUTH, EAST, phase=Phase.CALIBRATING)
+    visits = {calibrating.name: {"north": 1, "south": 1}}
+    world = World(policy(mode="visit", quorum=2), BASE, (NORTH, SOUTH, EAST), (calibrating,), visits=visits)
+    assert phases(plan(world, at(600))) == {calibrating.name: Phase.RELEASING}
 
 
 def test_a_visit_of_a_hospital_outside_the_version_does_not_count():
@@ -260,16 +295,34 @@ def test_a_visit_of_a_hospital_outside_the_version_does_not_count():
 
 def test_a_failed_job_is_tried_again_when_its_time_has_come_and_at_last_given_up():
     pending = version(policy(), NORTH, SOUTH)
-    waiting = version(policy(), NORTH, SOUTH, attempts=1, retry_at=at(10), message="disk full")
-    world = World(policy(), BASE, (NORTH, SOUTH), (waiting,))
-    assert plan(world, at(9)) == [WakeAt(at(10))]
-    assert plan(world, at(10)) == [RunJob(pending.name, "merge")]
-    hopeless = version(policy(), NORTH, SOUTH, attempts=ATTEMPTS, retry_at=at(10), message="disk full")
-    (save,) = plan(replace(world, versions=(hopeless,)), at(10))
-    assert (save.resource.status.phase, save.resource.status.message) == (Phase.FAILED, "disk full")
-    failed = replace(world, versions=(save.resource,))
-    assert plan(failed, at(1e6)) == [], "the same inputs are not tried again"
-    assert explain(failed, at(1e6)) == f"{pending.name} failed: disk full"
+    world = World(policy(), BASE, (NORTH, SOUTH), (pending,))
+    for attempt in range(1, ATTEMPTS):
+        failed = job_failed(world.versions[0], "not finite", passing=False, now=at(0))
+        world = replace(world, versions=(failed,))
+        assert plan(world, at(2**attempt - 1)) == [WakeAt(at(2**attempt))]
+        assert plan(world, at(2**attempt)) == [RunJob(pending.name, "merge")]
+        assert explain(world, at(0)) == f"{pending.name} is Pending; the last try failed: not finite"
+    failed = job_failed(world.versions[0], "not finite", passing=False, now=at(0))
+    assert (failed.status.phase, failed.status.message) == (Phase.FAILED, "not finite")
+    given_up = replace(world, versions=(failed,))
+    assert plan(given_up, at(1e6)) == [], "the same inputs are not tried again"
+    assert explain(given_up, at(1e6)) == f"{pending.name} failed: not finite"
+
+
+def test_a_failure_that_may_pass_is_tried_again_without_end():
+    releasing = version(policy(), NORTH, SOUTH, phase=Phase.RELEASING)
+    for _ in range(10 * ATTEMPTS):
+        releasing = job_failed(releasing, "disk full", passing=True, now=at(0))
+    world = World(policy(), BASE, (NORTH, SOUTH), (releasing,))
+    assert plan(world, at(29)) == [WakeAt(at(30))]
+    assert plan(world, at(30)) == [RunJob(releasing.name, "release")]
+
+
+def test_a_version_of_the_base_model_that_the_policy_had_before_gives_way():
+    old = version(policy(), NORTH, SOUTH)
+    other = Base("sha256:" + "c" * 64, has_batchnorm=False)
+    world = World(policy(base=other.digest), other, (NORTH, SOUTH), (old,))
+    assert phases(plan(world, at(1))) == {old.name: Phase.SUPERSEDED}
 
 
 def test_the_next_arrival_is_merged_after_a_failure():
@@ -303,10 +356,12 @@ def test_a_superseded_version_loses_its_job_and_then_its_files():
     old = version(policy(), NORTH, SOUTH, phase=Phase.SUPERSEDED)
     new = version(policy(), NORTH, SOUTH, EAST, phase=Phase.READY)
     name = frozenset({old.name})
-    world = World(policy(), BASE, (NORTH, SOUTH, EAST), (old, new), running=name, on_disk=name)
-    assert plan(world, at(560)) == [StopJob(old.name)]
-    assert plan(replace(world, running=frozenset()), at(560)) == [EraseVersion(old.name)]
-    assert plan(replace(world, running=frozenset(), on_disk=frozenset()), at(560)) == []
+    world = World(policy(), BASE, (NORTH, SOUTH, EAST), (old, new), running=name)
+    assert plan(world, at(560)) == []
+    assert swept(world, on_disk=name, now=at(560)) == [StopJob(old.name)]
+    ended = replace(world, running=frozenset())
+    assert swept(ended, on_disk=name, now=at(560)) == [EraseVersion(old.name)]
+    assert swept(ended, now=at(560)) == []
 
 
 def test_no_more_ready_versions_stay_than_the_history_limit_says():
@@ -438,34 +493,40 @@ def test_a_revoked_version_loses_its_job_then_its_files_then_the_blob_goes():
     old = version(rules, NORTH, SOUTH)
     world = taken_back(World(rules, BASE, (NORTH, SOUTH), (old,)), "north", at(1000))
     name = frozenset({old.name})
-    busy = replace(world, running=name, on_disk=name)
-    assert plan(busy, at(1000)) == [StopJob(old.name)]
-    assert sweep([busy], busy.vectors, at(1000)) == [], "a job may still be reading it"
-    assert plan(replace(world, on_disk=name), at(1000)) == [EraseVersion(old.name)]
-    erase, save = sweep([world], world.vectors, at(1000))
-    assert (erase, save.resource.status.erased_at) == (EraseBlob(world.vectors[0]), at(1000))
-    assert save.resource.spec.consent is Consent.WITHDRAWN
-    assert sweep([world], (save.resource, SOUTH), at(1001)) == []
+    busy = replace(world, running=name)
+    assert swept(busy, on_disk=name, now=at(1000)) == [StopJob(old.name)], "it may still be reading the blob"
+    files, blob = swept(world, on_disk=name, now=at(1000))
+    assert files == EraseVersion(old.name)
+    assert (blob.vector.name, blob.vector.status.erased_at) == ("north-1", at(1000))
+    assert blob.vector.spec.consent is Consent.WITHDRAWN
+    assert swept(replace(world, vectors=(blob.vector, SOUTH)), now=at(1001)) == []
 
 
 def test_the_files_of_a_withdrawn_version_go_even_if_its_policy_is_gone():
     revoked = version(policy("gone"), NORTH, SOUTH, phase=Phase.REVOKED)
     ready = version(policy("gone"), EAST, SOUTH, phase=Phase.READY)
-    names = frozenset({revoked.name, ready.name})
-    assert erasures((revoked, ready), running=frozenset(), on_disk=names) == [EraseVersion(revoked.name)]
+    names = {revoked.name, ready.name}
+    assert sweep((revoked, ready), (), (), running=(), on_disk=names, now=at(1)) == [EraseVersion(revoked.name)]
+
+
+def test_an_unfinished_version_whose_policy_is_gone_is_ended():
+    calibrating = version(policy("gone", mode="visit"), NORTH, SOUTH, phase=Phase.CALIBRATING)
+    ready = version(policy("gone"), NORTH, SOUTH, phase=Phase.READY)
+    assert phases(abandon((calibrating, ready), at(1))) == {calibrating.name: Phase.SUPERSEDED}
 
 
 # --- Blobs -----------------------------------------------------------------------------------------------------
 
 
-def test_a_replaced_blob_goes_when_no_living_version_needs_it():
+def test_a_replaced_blob_goes_when_no_version_is_being_made_of_it():
     newer = vector("north", 2, at=5)
-    ready = version(policy(), NORTH, SOUTH, phase=Phase.READY)
-    world = World(policy(), BASE, (NORTH, newer, SOUTH), (ready,))
-    assert sweep([world], world.vectors, at(100)) == []
-    ended = replace(world, versions=(version(policy(), NORTH, SOUTH, phase=Phase.SUPERSEDED),))
-    erase, _ = sweep([ended], ended.vectors, at(100))
-    assert erase == EraseBlob(NORTH)
+    releasing = version(policy(), NORTH, SOUTH, phase=Phase.RELEASING)
+    world = World(policy(), BASE, (NORTH, newer, SOUTH), (releasing,))
+    assert swept(world, now=at(100)) == []
+    ready = replace(world, versions=(version(policy(), NORTH, SOUTH, phase=Phase.READY),))
+    (erase,) = swept(ready, now=at(100))
+    assert isinstance(erase, EraseBlob)
+    assert erase.vector.name == NORTH.name
 
 
 def test_two_policies_on_one_base_do_not_erase_each_others_blobs():
@@ -474,13 +535,12 @@ def test_two_policies_on_one_base_do_not_erase_each_others_blobs():
     mine, other = policy("mine"), policy("other")
     needs = World(mine, BASE, vectors, (version(mine, NORTH, SOUTH, phase=Phase.RELEASING),))
     done = World(other, BASE, vectors, (version(other, newer, SOUTH, phase=Phase.READY),))
-    assert sweep([done], vectors, at(100)) != []
-    assert sweep([needs, done], vectors, at(100)) == []
+    assert swept(done, now=at(100)) != []
+    assert swept(needs, done, now=at(100)) == []
 
 
 def test_a_vector_that_no_policy_merges_yet_is_kept():
-    assert sweep([], (NORTH, SOUTH), at(1e6)) == []
-    assert sweep([World(policy(base="x"), None, (NORTH,))], (NORTH,), at(1e6)) == []
+    assert sweep((), (NORTH, SOUTH), (), running=(), on_disk=(), now=at(1e6)) == []
 
 
 def test_of_equal_vectors_from_two_hospitals_both_count():

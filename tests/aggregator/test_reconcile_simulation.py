@@ -12,19 +12,18 @@ from hypothesis import strategies as st
 from aggregator.reconcile import (
     ATTEMPTS,
     Action,
-    AskHospitals,
     CreateVersion,
     EraseBlob,
     EraseVersion,
     RunJob,
     Save,
     Stage,
-    StopAsking,
     StopJob,
     WakeAt,
     World,
     desired_version,
     eligible,
+    job_failed,
     plan,
     sweep,
     withdraw,
@@ -47,7 +46,8 @@ EVENTS = st.lists(
         st.tuples(st.just("visit"), HOSPITAL),
         st.tuples(st.just("finish"), st.integers(0, 3)),
         st.tuples(st.just("fail"), st.integers(0, 3)),
-        st.tuples(st.just("pass"), st.sampled_from((1, 30, 61, 201, 600))),
+        st.tuples(st.just("fall over"), st.integers(0, 3)),
+        st.tuples(st.just("pass"), st.sampled_from((1, 30, 61, 201, 600, -60, -7200))),
     ),
     max_size=25,
 )
@@ -65,7 +65,6 @@ class Aggregator:
         self.running: dict[str, Stage] = {}
         self.on_disk: set[str] = set()
         self.blobs: set[str] = set()
-        self.asking: set[str] = set()
         self._crashes: Iterator[int] = iter(crashes)
 
     # --- What happens to it
@@ -81,14 +80,16 @@ class Aggregator:
                 self.vectors |= {each.name: each for each in vectors}
                 self.versions |= {each.name: each for each in versions}
             case ("visit", str(hospital)):
-                for name in self.asking:
-                    if hospital in self.versions[name].hospitals:
+                for name, version in self.versions.items():
+                    if version.status.phase is Phase.CALIBRATING and hospital in version.hospitals:
                         rounds = self.visits.setdefault(name, {})
                         rounds[hospital] = rounds.get(hospital, 0) + 1
             case ("finish", int(number)):
-                self._end_job(number, failed=False)
+                self._end_job(number)
             case ("fail", int(number)):
-                self._end_job(number, failed=True)
+                self._end_job(number, "no luck")
+            case ("fall over", int(number)):
+                self._end_job(number, "killed", passing=True)
             case ("pass", int(seconds)):
                 self.now += timedelta(seconds=seconds)
 
@@ -98,19 +99,14 @@ class Aggregator:
         self.vectors[f"{hospital}-{sequence}"] = vector(hospital, sequence, at=seconds)
         self.blobs.add(f"{hospital}-{sequence}")
 
-    def _end_job(self, number: int, *, failed: bool) -> None:
+    def _end_job(self, number: int, failure: str = "", *, passing: bool = False) -> None:
         if not self.running:
             return
         name, stage = sorted(self.running.items())[number % len(self.running)]
         del self.running[name]
         version = self.versions[name]
-        if failed:
-            attempts = version.status.attempts + 1
-            retry_at = self.now + timedelta(seconds=2**attempts)
-            status = version.status.model_copy(
-                update={"attempts": attempts, "retry_at": retry_at, "message": "no luck"}
-            )
-            self.versions[name] = version.model_copy(update={"status": status})
+        if failure:
+            self.versions[name] = job_failed(version, failure, passing=passing, now=self.now)
         else:
             assert version.vectors <= self.blobs, "a job lost its input"
             digest = {"merge": "weights_sha256", "release": "release_sha256"}[stage]
@@ -140,8 +136,10 @@ class Aggregator:
 
     def _plan(self) -> list[Action]:
         worlds = [self.world(each) for each in POLICIES]
-        actions = [action for world in worlds for action in plan(world, self.now)]
-        return actions + sweep(worlds, tuple(self.vectors.values()), self.now)
+        wanted = {vector.name for world in worlds for vector in eligible(world)}
+        versions, vectors = tuple(self.versions.values()), tuple(self.vectors.values())
+        actions = sweep(versions, vectors, wanted, running=self.running, on_disk=self.on_disk, now=self.now)
+        return actions + [action for world in worlds for action in plan(world, self.now)]
 
     def world(self, of: MergePolicy) -> World:
         return World(
@@ -152,7 +150,6 @@ class Aggregator:
             reports=self.reports,
             visits=self.visits,
             running=frozenset(self.running),
-            on_disk=frozenset(self.on_disk),
         )
 
     def _carry_out(self, action: Action) -> None:
@@ -162,9 +159,6 @@ class Aggregator:
             case Save(ModelVersion() as version):
                 assert self.versions[version.name].status.phase is not Phase.REVOKED
                 self.versions[version.name] = version
-            case Save(DataVector() as saved):
-                assert saved.granted is self.vectors[saved.name].granted
-                self.vectors[saved.name] = saved
             case RunJob(name, stage):
                 assert name not in self.running
                 assert self.versions[name].vectors <= self.blobs
@@ -172,18 +166,15 @@ class Aggregator:
                 self.on_disk.add(name)
             case StopJob(name):
                 del self.running[name]
-            case AskHospitals(version):
-                self.asking.add(version.name)
-            case StopAsking(name):
-                self.asking.discard(name)
             case EraseVersion(name):
                 assert name not in self.running
                 self.on_disk.discard(name)
-                self.asking.discard(name)
                 self.visits.pop(name, None)
                 self.reports = {key: report for key, report in self.reports.items() if key[0] != name}
             case EraseBlob(erased):
+                assert erased.granted is self.vectors[erased.name].granted
                 self.blobs.discard(erased.name)
+                self.vectors[erased.name] = erased
 
     # --- What must always hold
 
@@ -197,7 +188,6 @@ class Aggregator:
             if phase is Phase.READY:
                 assert version.name in self.on_disk
                 assert version.status.release_sha256 == ",".join(sorted(version.vectors))
-            assert (version.name in self.asking) == (phase is Phase.CALIBRATING)
         inputs = [(each.spec.policy_ref, each.spec.inputs) for each in self.versions.values()]
         assert len({str(key) for key in inputs}) == len(inputs), "two versions of the same inputs"
         live = {name for name, each in self.versions.items() if each.status.phase.unfinished}
@@ -276,9 +266,10 @@ def test_after_a_withdrawal_the_rest_becomes_what_it_is_without_that_hospital(ev
 
 def test_a_job_that_always_fails_is_given_up_within_its_attempts():
     aggregator = live_through([("arrive", "north")])
-    for _ in range(ATTEMPTS):
-        assert aggregator.running
-        aggregator.happen(("fail", 0))
+    for number in range(3 * ATTEMPTS):
+        if not aggregator.running:
+            break
+        aggregator.happen(("fall over" if number % 3 else "fail", 0))
         aggregator.settle()
         aggregator.happen(("pass", 600))
         aggregator.settle()

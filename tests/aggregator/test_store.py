@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.store import OpenCalibration, Store, Visit
+from aggregator.store import Store, Visit
 from datavector.errors import BaseModelError, NotFound
 from datavector.merge.batchnorm import Moments
 from datavector.model import DESCRIPTION, WEIGHTS
-
-CALIBRATION = OpenCalibration("brain-1", "sha256:" + "b" * 64, "visit", ("north", "south"), quorum=2, rounds=1)
 
 
 @pytest.fixture
@@ -148,16 +147,7 @@ def test_the_visits_of_a_meeting_appear_together_and_replace_a_part_of_one(store
     assert store.rounds("brain-1") == {"east": 1, "south": 1}
 
 
-# --- Calibrations, reports, erasure
-
-
-def test_a_calibration_is_open_until_it_is_closed(store):
-    store.open_calibration(CALIBRATION)
-    store.open_calibration(CALIBRATION)
-    assert list(store.open_calibrations()) == [CALIBRATION]
-    store.close_calibration("brain-1")
-    store.close_calibration("brain-1")
-    assert list(store.open_calibrations()) == []
+# --- Reports, erasure
 
 
 def test_there_is_no_report_until_a_stage_has_finished(store):
@@ -173,14 +163,37 @@ def test_erasing_a_version_leaves_nothing_of_it_and_nothing_else_is_touched(stor
         store.save_visit(name, visit("north"))
         store.release(name).mkdir()
         store.release(name).with_name(f".{name}.partial").mkdir()
-    store.open_calibration(CALIBRATION)
     assert store.has_version("brain-1")
     store.erase_version("brain-1")
     store.erase_version("brain-1")
     assert not store.has_version("brain-1")
-    assert list(store.open_calibrations()) == []
     left = {path.relative_to(store.root).parts[1] for path in store.root.glob("*/*")}
     assert left == {"brain-10", ".brain-10.partial"}
+
+
+def test_nobody_sees_half_an_erased_release_and_erasing_goes_on_after_a_kill(store, monkeypatch):
+    store.write_version("brain-1", {})
+    store.release("brain-1").mkdir()
+    (store.release("brain-1") / "SHA256SUMS").touch()
+
+    def killed(folder, **_):
+        if folder.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as broken:
+        broken.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store.erase_version("brain-1")
+    assert not store.release("brain-1").exists()
+    assert store.has_version("brain-1"), "or nobody would go on"
+    store.erase_version("brain-1")
+    assert not store.has_version("brain-1")
+    assert not list((store.root / "releases").iterdir())
+
+
+def test_what_hospitals_sent_is_for_the_aggregators_user_alone(store):
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in store.root.iterdir()}
+    assert {name for name, mode in modes.items() if mode & 0o077 == 0} == {"uploads", "blobs", "versions"}
 
 
 def test_a_version_that_cannot_be_erased_is_an_error(store):
