@@ -25,7 +25,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 
-from agent.ledger import Ledger, Sending
+from agent.ledger import WITHDRAWAL, Ledger, Sending
 from datavector.errors import (
     CertificateError,
     DataVectorError,
@@ -220,7 +220,7 @@ class Client:
         """Takes back this hospital's vectors of one base model, or of all. One way."""
         request = WithdrawRequest(base_digest=base_digest, reason=reason)
         content = request.SerializeToString()
-        with self._sending("withdrawal", content=content, base=base_digest):
+        with self._sending(WITHDRAWAL, content=content, base=base_digest):
             return self.patiently(lambda: self.unary("Withdraw", request, WithdrawReply))
 
     def begin_visit(self, task: Task) -> dict[str, Moments]:
@@ -295,6 +295,10 @@ class Client:
                     reply: UploadReply = call.result(timeout=self._stall_seconds / 10)
                     return reply
         raise Unreachable(f"the aggregator at {self.address} takes no more bytes", remedy="check the network")
+
+    def announcing(self, info: VectorInfo) -> AbstractContextManager[Sending]:
+        """The ledger's lines around a vector's announcement, which tells its digest and the number of images."""
+        return self._sending("announcement", content=info.SerializeToString(deterministic=True), base=info.base_digest)
 
     def sending_vector(self, info: VectorInfo) -> AbstractContextManager[Sending]:
         """The ledger's lines around an upload."""

@@ -2,6 +2,9 @@
 
 A "sending" line is on disk before the first byte goes out and a "sent" line follows when the aggregator has
 confirmed it; whatever stops the agent in between, the first line stays. Lines are only ever appended.
+
+The ledger also knows whether the hospital has withdrawn: from that line on nothing but withdrawals may leave, until a
+person has the hospital rejoin.
 """
 
 from __future__ import annotations
@@ -14,12 +17,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
-from datavector.errors import UnreadableData
+from datavector.errors import AlreadyWithdrawn, UnreadableData
 from datavector.files import disk_full_at, fsync
 
-State = Literal["sending", "sent", "unconfirmed"]
+State = Literal["sending", "sent", "unconfirmed", "decided"]
+
+WITHDRAWAL: Final = "withdrawal"
+REJOIN: Final = "rejoin"
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,8 @@ class Entry:
     Attributes:
         time: RFC 3339, UTC.
         state: "sending" before the first byte, "sent" once confirmed, "unconfirmed" if the call failed (some or all
-            of it may have left).
-        what: "vector", "visit", "meeting" or "withdrawal".
+            of it may have left), "decided" for what only this line is about.
+        what: "announcement" (of a vector), "vector", "visit", "meeting", "withdrawal" or "rejoin".
         bytes: of a "sending" line: size of what is to be sent, 0 for a meeting; of the line that follows: what has
             left, which for a vector that goes on after a cut is less, or more if some was sent twice.
         sha256: of what is sent; empty while a meeting has only begun.
@@ -64,8 +70,11 @@ class Ledger:
         The block may tell size and digest that only the end shows, by `Sending.measured`.
 
         Raises:
+            AlreadyWithdrawn: the hospital has withdrawn; nothing but another withdrawal may leave.
             DiskFull: the line cannot be written; then nothing may be sent.
         """
+        if what != WITHDRAWAL:
+            self.demand_consent(base)
         sending = Sending(Entry(_now(), "sending", what, bytes, sha256, to, base, version))
         self.append(sending.entry)
         try:
@@ -74,6 +83,27 @@ class Ledger:
             self.append(replace(sending.entry, time=_now(), state="unconfirmed"))
             raise
         self.append(replace(sending.entry, time=_now(), state="sent"))
+
+    def demand_consent(self, base: str) -> None:
+        """
+        Args:
+            base: digest of the base model that is meant.
+        Raises:
+            AlreadyWithdrawn: the hospital has withdrawn from it, or from all, and has not rejoined since.
+        """
+        standing = None
+        for entry in read_ledger(self.path):
+            if entry.what in (WITHDRAWAL, REJOIN) and entry.base in ("", base):
+                standing = entry if entry.what == WITHDRAWAL else None
+        if standing is not None:
+            raise AlreadyWithdrawn(
+                f"this hospital withdrew on {standing.time}, so nothing leaves any more",
+                remedy="to take part again run `datavector rejoin`, then train with another seed or other images",
+            )
+
+    def decide(self, what: Literal["withdrawal", "rejoin"], base: str = "") -> None:
+        """Records what a person decided, for one base model or (empty) for all. It holds at once, whoever is told."""
+        self.append(Entry(_now(), "decided", what, 0, "", "nobody", base))
 
     def append(self, entry: Entry) -> None:
         """Writes one line and waits until it is on disk."""

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 from google.protobuf.json_format import MessageToDict, Parse
 
 from agent import preflight
+from agent.ledger import Ledger
 from agent.metrics import Metrics
 from agent.settings import AgentSettings
-from agent.site import Site, connect, only_agent, open_site
+from agent.site import LEDGER, Site, connect, only_agent, open_site
 from agent.upload import upload
 from datavector.console import progress, say
 from datavector.data.records import Record, assign_splits
-from datavector.errors import DataVectorError, Interrupted, Unreachable
+from datavector.errors import DataVectorError, Interrupted, TryAgain, Unreachable
 from datavector.files import write_json
 from datavector.model import BaseModel
 from datavector.monitoring import serve_metrics
@@ -66,7 +67,11 @@ def run(settings: AgentSettings, *, once: bool) -> None:
 
 
 def serve_waiting_tasks(settings: AgentSettings) -> None:
-    """Serves the tasks that are waiting, and leaves."""
+    """Serves the tasks that are waiting, and leaves.
+
+    Raises:
+        TryAgain: one of them could not be served, though it is still wanted.
+    """
     _check_this_machine(settings)
     with only_agent(settings.state), open_site(settings) as site:
         serve_tasks(site, _prepare(site, partial(_policy, site)), until_stopped=False)
@@ -106,6 +111,8 @@ def _prepare(site: Site, ask: Callable[[], tuple[PolicyInfo, str]]) -> Ready:
     """
     settings, checks = site.settings, preflight.Preflight(say)
     policy, base, records = checks.find("aggregator", ask), None, None
+    if policy is not None:
+        checks.check("consent", partial(preflight.consent, Ledger(settings.state / LEDGER), policy.base_digest))
     if policy is not None and checks.check("disk", partial(preflight.disk, settings, policy)):
         write_json(settings.state / POLICY, MessageToDict(policy))
         base = checks.find("base model", partial(preflight.base_model, settings, site.client, policy))
@@ -166,13 +173,13 @@ def deliver(site: Site, info: VectorInfo) -> None:
     uploads = site.metrics.uploads
     with progress("upload") as show:
         try:
-            name = upload(site.client, site.settings.state / VECTOR, info, on_progress=show)
+            delivery = upload(site.client, site.settings.state / VECTOR, info, on_progress=show)
         except DataVectorError as error:
             uploads.labels(type(error).__name__).inc()
             raise
-    uploads.labels("committed").inc()
-    site.metrics.sent_bytes.inc(info.size)
-    say(f"delivered: {name} (sequence {info.sequence}, SHA-256 {info.sha256[:16]}...)")
+    uploads.labels("committed" if delivery.sent else "repeated").inc()
+    site.metrics.sent_bytes.inc(delivery.sent)
+    say(f"delivered: {delivery.vector} (sequence {info.sequence}, SHA-256 {info.sha256[:16]}...)")
 
 
 def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
@@ -189,10 +196,12 @@ def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
         meeting_wait_seconds=0 if until_stopped else site.settings.tasks.meeting_wait_seconds,
     )
     while True:
-        pause = server.serve_waiting()
+        served = server.serve_waiting()
         if not until_stopped:
+            if served.failed:
+                raise TryAgain(f"not served: {', '.join(served.failed)}", remedy="see above, then run it again")
             return
-        if site.stop.wait(pause):
+        if site.stop.wait(served.poll_seconds):
             raise Interrupted("stopped while waiting for tasks", remedy="start it again to go on")
 
 

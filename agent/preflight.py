@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from agent.client import Client
+from agent.ledger import Ledger
 from agent.settings import AgentSettings
 from datavector.checks import check_records
 from datavector.data.records import Record, read_records
@@ -93,6 +94,12 @@ def state(settings: AgentSettings) -> str:
     if not os.access(settings.state, os.W_OK):
         raise UsageError(f"{settings.state} is not writable", remedy="mount it writable for this user")
     return str(settings.state)
+
+
+def consent(ledger: Ledger, base_digest: str) -> str:
+    """The hospital has not withdrawn, or has rejoined since."""
+    ledger.demand_consent(base_digest)
+    return "stands"
 
 
 def disk(settings: AgentSettings, policy: PolicyInfo) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 
 from agent.client import Client, Credentials, inside
-from agent.ledger import Ledger, read_ledger
+from agent.ledger import REJOIN, WITHDRAWAL, Ledger, read_ledger
 from agent.metrics import Metrics
 from agent.settings import AgentSettings
 from datavector.console import progress, say
@@ -92,11 +92,23 @@ def connect(
 
 
 def withdraw(settings: AgentSettings, *, base_digest: str, reason: str) -> None:
-    """Takes this hospital's vectors back, and says which models are revoked by that."""
+    """Takes this hospital's vectors back, and says which models are revoked by that.
+
+    From now on nothing else leaves from this state folder, even while the aggregator cannot be reached.
+    """
+    Ledger(settings.state / LEDGER).decide(WITHDRAWAL, base_digest)
     with open_site(settings) as site:
         reply = site.client.withdraw(base_digest, reason=reason)
     say(f"withdrawn: {', '.join(reply.vectors) or 'nothing was there'}")
     say(f"revoked: {', '.join(reply.revoked_versions) or 'no version contained it'}")
+    say("nothing leaves any more; to take part again, run `datavector rejoin`")
+
+
+def rejoin(state: Path, *, base_digest: str) -> None:
+    """Lets the agent of a state folder send again after a withdrawal; what was withdrawn stays so."""
+    _demand_state(state)
+    Ledger(state / LEDGER).decide(REJOIN, base_digest)
+    say("this hospital takes part again; vectors that were withdrawn are not taken: train with another seed or images")
 
 
 def fetch_release(settings: AgentSettings, output: Path, verify: Callable[[Path], None]) -> None:
@@ -146,8 +158,7 @@ def _demand_replaceable(output: Path) -> None:
 
 def print_ledger(state: Path, *, as_json: bool) -> None:
     """Prints everything that left, oldest first."""
-    if not state.is_dir():
-        raise UsageError(f"{state} is no folder", remedy="give the agent's state folder, or its configuration file")
+    _demand_state(state)
     for entry in read_ledger(state / LEDGER):
         if as_json:
             print(json.dumps(vars(entry)))
@@ -156,3 +167,8 @@ def print_ledger(state: Path, *, as_json: bool) -> None:
             size = f"{entry.bytes:>12,} bytes" if entry.bytes else f"{'':>18}"
             what = f"{entry.state:<11} {entry.what:<10} {size}  {entry.sha256[:16]:<16}"
             print(f"{entry.time}  {what}  {about} -> {entry.to}")
+
+
+def _demand_state(state: Path) -> None:
+    if not state.is_dir():
+        raise UsageError(f"{state} is no folder", remedy="give the agent's state folder, or its configuration file")

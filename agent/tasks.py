@@ -23,6 +23,19 @@ KINDS = {TASK_KIND_RECALIBRATE_VISIT: "visit", TASK_KIND_RECALIBRATE_MEETING: "m
 
 
 @dataclass(frozen=True)
+class Served:
+    """What came of the tasks that waited.
+
+    Attributes:
+        poll_seconds: after which it is worth asking again.
+        failed: tasks that are still wanted, by id.
+    """
+
+    poll_seconds: float
+    failed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TaskServer:
     """Serves the tasks that wait for this hospital.
 
@@ -39,33 +52,31 @@ class TaskServer:
     show: Callable[[str], None]
     meeting_wait_seconds: int
 
-    def serve_waiting(self) -> float:
-        """Serves what is waiting now.
-
-        Returns:
-            Seconds after which it is worth asking again.
-        """
+    def serve_waiting(self) -> Served:
+        """Serves what is waiting now."""
         reply = self.client.list_tasks()
         self._forget_all_but({task.version for task in reply.tasks})
-        for task in sorted(reply.tasks, key=lambda task: task.kind == TASK_KIND_RECALIBRATE_MEETING):
-            self._serve(task)  # visits first: they wait for nobody
-        return float(reply.poll_seconds)
+        visits_first = sorted(reply.tasks, key=lambda task: task.kind == TASK_KIND_RECALIBRATE_MEETING)
+        failed = tuple(task.id for task in visits_first if not self._serve(task))
+        return Served(float(reply.poll_seconds), failed)
 
-    def _serve(self, task: Task) -> None:
+    def _serve(self, task: Task) -> bool:
+        """Returns whether there is nothing left to do for it."""
         kind = KINDS.get(task.kind, "unknown")
         if kind == "unknown" or not self.settings.tasks.recalibrate or task.base_digest != self.base.digest:
             self.metrics.tasks.labels(kind, "skipped").inc()
             self.show(f"task {task.id}: skipped ({_why_skipped(kind, self.settings)})")
-            return
+            return True
         try:
             images = self._recalibrate(task, kind)
         except (NotFound, TryAgain, Unreachable) as error:
-            # The version was overtaken, a meeting fell apart, or its link broke: the next poll shows what is left.
-            self.metrics.tasks.labels(kind, "gone").inc()
+            gone = isinstance(error, NotFound)  # the version was overtaken; else a meeting fell apart or the link broke
+            self.metrics.tasks.labels(kind, "gone" if gone else "failed").inc()
             self.show(f"task {task.id}: {error}")
-            return
+            return gone
         self.metrics.tasks.labels(kind, "done").inc()
         self.show(f"task {task.id}: {kind} for {task.version} with {images} images")
+        return True
 
     def _recalibrate(self, task: Task, kind: str) -> int:
         """One forward pass over the hospital's images with the merged weights; returns how many were used."""

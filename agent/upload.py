@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from agent.client import Client, Progress
@@ -10,25 +11,31 @@ from datavector.wire.chunks import CHUNK, frame_chunk
 from datavector.wire.v1.exchange_pb2 import UploadFinal, UploadOpen, UploadRequest, VectorInfo
 
 
-def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progress | None = None) -> str:
+@dataclass(frozen=True)
+class Delivery:
+    """A vector that the aggregator has: its name there, and the bytes sent for it (0 if it was there already)."""
+
+    vector: str
+    sent: int
+
+
+def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progress | None = None) -> Delivery:
     """Uploads the vector file `path` as `info` describes it.
 
-    Every try asks for the durable offset first, so after a cut only what was in flight is sent again. The same vector
-    once more is answered at once, without a line in the ledger; else the ledger tells the bytes that really left.
-
-    Returns:
-        The vector's name at the aggregator.
+    Every try asks for the durable offset first, so after a cut only what was in flight is sent again. The ledger has
+    lines for the announcement, and for the vector, with the bytes that really left, unless it is there already.
 
     Raises:
         ArtifactError: the aggregator found the vector altered, of another model, or not finite.
-        AlreadyWithdrawn, QuotaExceeded, DiskFull, Refused: it does not take the vector.
+        AlreadyWithdrawn: the hospital withdrew; nothing is sent.
+        QuotaExceeded, DiskFull, Refused: it does not take the vector.
         Unreachable: the client's patience is at its end.
         Interrupted: the client was interrupted; calling again goes on from the durable offset.
     """
-    client.server_identity()  # nobody else is told even that there is a vector
-    begun = client.patiently(lambda: client.begin_upload(info))
+    with client.announcing(info):
+        begun = client.patiently(lambda: client.begin_upload(info))
     if begun.committed:
-        return begun.vector
+        return Delivery(begun.vector, 0)
     sent = 0
 
     def on_chunk(size: int, offset: int) -> None:
@@ -46,7 +53,7 @@ def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progres
 
     with client.sending_vector(info) as sending:
         sending.measured(bytes=0, sha256=info.sha256)
-        return client.patiently(attempt)
+        return Delivery(client.patiently(attempt), sent)
 
 
 def _messages(path: Path, info: VectorInfo, offset: int, on_chunk: Callable[[int, int], None]) -> Iterator[bytes]:

@@ -201,6 +201,18 @@ def withdraw(
     take_back(settings, base_digest=base, reason=reason)
 
 
+@app.command()
+def rejoin(
+    config: Config = None,
+    state: State = None,
+    base: Annotated[str, typer.Option(help="Only for this base model (digest); for all where absent.")] = "",
+) -> None:
+    """Take part again after a withdrawal. Nothing is sent; what was withdrawn stays withdrawn."""
+    from agent.site import rejoin as take_part_again
+
+    take_part_again(state or _agent_settings(config, {}).state, base_digest=base)
+
+
 @release_app.command("fetch")
 def release_fetch(
     output: Output,

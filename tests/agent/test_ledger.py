@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import pytest
 
 from agent.ledger import Ledger, read_ledger
-from datavector.errors import UnreadableData
+from datavector.errors import AlreadyWithdrawn, UnreadableData
 
 
 def test_a_line_is_on_disk_before_anything_is_sent_and_another_after(tmp_path):
@@ -67,6 +68,40 @@ def test_lines_are_only_appended_and_only_the_owner_reads_them(tmp_path):
     assert ledger.path.read_bytes().startswith(first)
     assert ledger.path.stat().st_mode & 0o777 == 0o600
     assert all(json.loads(line) for line in ledger.path.read_text().splitlines())
+
+
+def test_a_withdrawal_holds_for_its_base_until_the_hospital_rejoins(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.demand_consent("sha256:a")
+    ledger.decide("withdrawal", "sha256:a")
+    ledger.demand_consent("sha256:b")
+    with pytest.raises(AlreadyWithdrawn, match="datavector rejoin"), ledger.sending("visit", to="x", base="sha256:a"):
+        pass
+    with ledger.sending("withdrawal", to="here", base="sha256:a"):
+        pass
+    ledger.decide("rejoin")
+    ledger.demand_consent("sha256:a")
+
+
+def test_a_withdrawal_from_everything_holds_for_every_base(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.decide("withdrawal")
+    ledger.decide("rejoin", "sha256:a")
+    ledger.demand_consent("sha256:a")
+    with pytest.raises(AlreadyWithdrawn):
+        ledger.demand_consent("sha256:b")
+
+
+@pytest.mark.parametrize("stage", ["sending", "unconfirmed"])
+def test_a_withdrawal_that_nobody_has_confirmed_holds_all_the_same(tmp_path, stage):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    with contextlib.suppress(ConnectionError), ledger.sending("withdrawal", to="here"):
+        if stage == "unconfirmed":
+            raise ConnectionError
+        with pytest.raises(AlreadyWithdrawn):
+            ledger.demand_consent("sha256:a")
+    with pytest.raises(AlreadyWithdrawn):
+        ledger.demand_consent("sha256:a")
 
 
 def test_no_ledger_is_an_empty_one_and_an_unreadable_one_is_an_error(tmp_path):

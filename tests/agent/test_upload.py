@@ -8,7 +8,7 @@ import pytest
 
 from agent.ledger import read_ledger
 from agent.upload import upload
-from datavector.errors import AlreadyWithdrawn, Interrupted, TryAgain, Unreachable, WrongDigest
+from datavector.errors import AlreadyWithdrawn, Interrupted, ProtocolError, TryAgain, Unreachable, WrongDigest
 from datavector.wire.chunks import CHUNK, frame_chunk
 from datavector.wire.v1.exchange_pb2 import UploadOpen, UploadRequest
 from tests.serving import announce, make_store, start_process, write_tau
@@ -24,8 +24,9 @@ def vector(large_base, tmp_path):
 
 def test_a_vector_arrives_whole_and_is_told_to_whoever_merges(receiver, connect, vector):
     path, info = vector
-    name = upload(connect(receiver.address), path, info)
-    assert [stored.name for stored in receiver.registry.vectors()] == [name]
+    delivery = upload(connect(receiver.address), path, info)
+    assert [stored.name for stored in receiver.registry.vectors()] == [delivery.vector]
+    assert delivery.sent == info.size
     assert receiver.store.blob("north", info.sha256).read_bytes() == path.read_bytes()
     assert not receiver.store.upload("north", info.sha256).exists()
     assert receiver.woken == 1
@@ -36,7 +37,8 @@ def test_a_vector_arrives_whole_and_is_told_to_whoever_merges(receiver, connect,
 def test_the_same_vector_again_gets_the_same_answer_and_sends_nothing(receiver, connect, vector):
     path, info = vector
     client = connect(receiver.address)
-    assert upload(client, path, info) == upload(client, path, info)
+    first, again = upload(client, path, info), upload(client, path, info)
+    assert (again.vector, again.sent) == (first.vector, 0)
     assert receiver.metric("received_bytes_total") == info.size
     assert len(receiver.registry.vectors()) == 1
 
@@ -140,10 +142,25 @@ def test_a_file_that_is_not_the_announced_one_is_refused_and_not_kept(receiver, 
 def test_a_withdrawn_vector_is_not_taken_again(receiver, connect, vector):
     path, info = vector
     client = connect(receiver.address)
-    name = upload(client, path, info)
+    name = upload(client, path, info).vector
     assert client.withdraw().vectors == [name]
+    client.ledger.decide("rejoin")
     with pytest.raises(AlreadyWithdrawn, match=r"change training\.seed or the images"):
         upload(client, path, info)
+
+
+def test_after_a_withdrawal_nothing_leaves_until_the_hospital_rejoins(receiver, connect, vector, large_base, tmp_path):
+    client = connect(receiver.address)
+    upload(client, *vector)
+    client.withdraw()
+    other = write_tau(tmp_path / "other", large_base, seed=2)
+    info = announce(other, large_base, sequence=2)
+    before = read_ledger(client.ledger.path)
+    with pytest.raises(AlreadyWithdrawn, match="datavector rejoin"):
+        upload(client, other, info)
+    assert read_ledger(client.ledger.path) == before
+    client.ledger.decide("rejoin")
+    assert upload(client, other, info).sent == info.size
 
 
 def test_the_ledger_says_what_left_before_it_leaves(receiver, connect, cut_link, vector, tmp_path):
@@ -152,19 +169,34 @@ def test_the_ledger_says_what_left_before_it_leaves(receiver, connect, cut_link,
     client = connect(link.address)
     before = []
     upload(client, path, info, on_progress=lambda *_: before.append(read_ledger(tmp_path / "north.jsonl")))
-    first, last = read_ledger(tmp_path / "north.jsonl")
-    assert before[0] == [first]
+    announcing, announced, first, last = read_ledger(tmp_path / "north.jsonl")
+    assert before[0] == [announcing, announced, first]
+    assert (announcing.state, announced.state, announced.what) == ("sending", "sent", "announcement")
+    assert announced.bytes == len(info.SerializeToString())
     assert (first.state, first.what, first.bytes, first.sha256) == ("sending", "vector", info.size, info.sha256)
     assert first.base == info.base_digest
     assert first.to == f"{link.address} (spiffe://datavector.local/aggregator)"
     assert last.state == "sent"
 
 
-def test_a_vector_that_is_there_already_adds_no_line_to_the_ledger(receiver, connect, vector, tmp_path):
+def test_of_a_vector_that_is_there_already_only_the_announcement_is_in_the_ledger(receiver, connect, vector, tmp_path):
     path, info = vector
     upload(connect(receiver.address), path, info)
+    before = len(read_ledger(tmp_path / "north.jsonl"))
     upload(connect(receiver.address), path, info)
-    assert [entry.state for entry in read_ledger(tmp_path / "north.jsonl")] == ["sending", "sent"]
+    again = read_ledger(tmp_path / "north.jsonl")[before:]
+    assert [(entry.what, entry.state) for entry in again] == [("announcement", "sending"), ("announcement", "sent")]
+
+
+def test_an_announcement_that_is_refused_is_in_the_ledger(receiver, connect, vector, tmp_path):
+    path, info = vector
+    info.sample_count = 0
+    with pytest.raises(ProtocolError):
+        upload(connect(receiver.address), path, info)
+    entries = read_ledger(tmp_path / "north.jsonl")
+    assert [(entry.what, entry.state) for entry in entries] == [
+        ("announcement", "sending"), ("announcement", "unconfirmed"),
+    ]  # fmt: skip
 
 
 def test_the_ledger_counts_the_bytes_that_really_left(receiver, connect, vector, tmp_path):
@@ -172,7 +204,7 @@ def test_the_ledger_counts_the_bytes_that_really_left(receiver, connect, vector,
     with pytest.raises(TryAgain):
         connect(receiver.address).send_upload(iter([opening(info), frame_chunk(path.read_bytes()[:CHUNK])]))
     upload(connect(receiver.address), path, info)
-    first, last = read_ledger(tmp_path / "north.jsonl")
+    first, last = read_ledger(tmp_path / "north.jsonl")[2:]
     assert (first.bytes, last.bytes) == (info.size, info.size - CHUNK)
 
 
@@ -184,4 +216,4 @@ def test_a_failed_upload_stays_in_the_ledger_as_unconfirmed(receiver, connect, v
     _, info = vector
     with pytest.raises(WrongDigest):
         upload(connect(receiver.address), write_tau(tmp_path / "other", large_base, seed=2), info)
-    assert [entry.state for entry in read_ledger(tmp_path / "north.jsonl")] == ["sending", "unconfirmed"]
+    assert [entry.state for entry in read_ledger(tmp_path / "north.jsonl")][2:] == ["sending", "unconfirmed"]

@@ -70,8 +70,8 @@ def test_an_agent_of_b_with_the_certificate_of_a_stops_before_it_dials(connect, 
 
 def test_what_a_sends_is_as_even_where_it_meant_b(receiver, connect, small_base, tmp_path):
     path = write_tau(tmp_path / "tau", small_base)
-    name = upload(connect(receiver.address, "north"), path, announce(path, small_base))
-    assert name.startswith("north-")
+    delivery = upload(connect(receiver.address, "north"), path, announce(path, small_base))
+    assert delivery.vector.startswith("north-")
     assert connect(receiver.address, "south").withdraw().vectors == []
     assert receiver.registry.vectors()[0].granted
 

@@ -173,7 +173,7 @@ class Sender:
 
     def _send(self) -> None:
         with Client(self._address, self._credentials, ledger=self._ledger, patience_seconds=120) as client:
-            self._name = upload(client, self._path, self._info, on_progress=self._note)
+            self._name = upload(client, self._path, self._info, on_progress=self._note).vector
 
     def _note(self, done: int, size: int) -> None:
         if not self._called and 2 * done > size:

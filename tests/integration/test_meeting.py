@@ -17,8 +17,10 @@ from tests.integration.processes import Aggregator, Site
 
 def test_hospitals_that_meet_get_what_one_pass_over_all_their_images_gives(site: Site, record_property):
     aggregator = site.aggregator(VISIT | {"calibration": {"mode": "meeting"}})
-    alone = site.agent("north", aggregator.address, "--tasks-only", tasks={"meeting_wait_seconds": 1}).succeed()
-    assert "1 of 3 hospitals came within 1 s; agree on a time" in alone
+    alone = site.agent("north", aggregator.address, "--tasks-only", tasks={"meeting_wait_seconds": 1})
+    assert alone.wait() == 1
+    assert "1 of 3 hospitals came within 1 s; agree on a time" in alone.output
+    assert "error: not served: trial-" in alone.output
     agents = [site.agent(hospital, aggregator.address) for hospital in HOSPITALS]
     for agent in agents:
         agent.wait_for("meeting for trial-")

@@ -84,11 +84,17 @@ def test_three_hospitals_that_never_meet_make_a_model_and_one_takes_its_part_bac
     assert "Withdrawn" in status
     assert "trial: 1 of 2 hospitals; waiting for 1 more" in status
 
-    # what was withdrawn is not taken again
+    # nothing leaves after a withdrawal, and after taking part again what was withdrawn is not taken
+    refused = site.agent("west", aggregator.address, "--once")
+    assert refused.wait() == 1
+    assert "FAIL  consent      this hospital withdrew on" in refused.output
+    assert "takes part again" in site.run("west", "rejoin").succeed()
     refused = site.agent("west", aggregator.address, "--once")
     assert refused.wait() == 1
     assert re.search(r"error: west-\w+ was withdrawn at", refused.output)
     assert "Traceback" not in refused.output
+    printed = site.agent("west", aggregator.address, "--once", training={**site.training, "seed": 1}).succeed()
+    assert "(sequence 2" in printed
 
 
 def test_everything_that_left_is_in_the_ledger_with_the_bytes_that_arrived(site: Site):
@@ -97,7 +103,10 @@ def test_everything_that_left_is_in_the_ledger_with_the_bytes_that_arrived(site:
     site.config("north", aggregator.address)
     printed = site.run("north", "agent", "ledger", "--json").succeed()
     entries = [json.loads(line) for line in printed.splitlines()]
-    assert [(entry["what"], entry["state"]) for entry in entries] == [("vector", "sending"), ("vector", "sent")]
+    assert [(entry["what"], entry["state"]) for entry in entries] == [
+        ("announcement", "sending"), ("announcement", "sent"), ("vector", "sending"), ("vector", "sent"),
+    ]  # fmt: skip
+    entries = entries[2:]
     blob = aggregator.store.blob("north", vector.spec.artifact.digest)
     for entry in entries:
         assert entry["bytes"] == blob.stat().st_size
