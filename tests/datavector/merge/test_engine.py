@@ -58,10 +58,14 @@ def test_any_length_of_blocks_and_any_number_of_threads_gives_the_same_bytes(bas
         assert merged(base, vectors, tmp_path / f"{most}") == expected
 
 
-def test_a_merge_without_a_hospital_equals_one_that_never_had_it(base, vectors, tmp_path):
-    merged(base, vectors, tmp_path / "everybody")
-    left = merged(base, [path for path in vectors if path != vectors[2]], tmp_path / "left")
-    assert left == merged(base, vectors[:2] + vectors[3:], tmp_path / "never")
+def test_a_merge_without_a_hospital_is_the_base_plus_the_exact_sum_of_the_others(base, vectors, tmp_path):
+    others = vectors[:2] + vectors[3:]
+    assert merged(base, others, tmp_path / "left") != merged(base, vectors, tmp_path / "everybody")
+    pretrained, found = read(base.path / "base.safetensors", base.layout), read(tmp_path / "left", base.layout)
+    taus = [read(path, base.vector_layout) for path in others]
+    for name in ("body.weight", "norm.bias", "scalar"):
+        steps = sum(np.rint(tau[name].astype(np.float64) * 2**45).astype(np.int64) for tau in taus)  # whole numbers
+        np.testing.assert_array_equal(found[name], pretrained[name] + (steps / 2**45).astype(np.float32))
 
 
 def test_the_mean_of_one_vector_is_the_sum_of_one_vector(base, vectors, tmp_path):

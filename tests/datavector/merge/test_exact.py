@@ -57,6 +57,18 @@ def test_a_hospital_can_be_subtracted_again_to_the_bit(block):
         assert (exact_sum(block) - exact_sum(block[:1])).tobytes() == (exact_sum(block[1:]) + 0.0).tobytes()
 
 
+@pytest.mark.parametrize("hospitals", [2, 3, 4, 7, 50, 200])
+def test_a_hospital_whose_values_lie_between_the_grids_steps_can_be_subtracted_too(hospitals):
+    random = np.random.default_rng(hospitals)
+    sizes = 10.0 ** random.uniform(-9, -1.6, (hospitals, 500))
+    block = random.normal(0, sizes).astype(np.float32)
+    assert (block.astype(np.float64) * 2**45 % 1).any()
+    for left in (0, hospitals - 1):
+        others = np.delete(block, left, axis=0)
+        difference = exact_sum(block) - exact_sum(block[left : left + 1])
+        np.testing.assert_array_equal(difference, exact_sum(others))
+
+
 @pytest.mark.parametrize("hospitals", [1, 2, 3, 200])
 def test_one_huge_value_does_not_change_its_neighbours(hospitals):
     block = np.random.default_rng(0).standard_normal((hospitals, 50), dtype=np.float32)

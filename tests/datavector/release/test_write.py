@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,9 +60,13 @@ def test_a_release_of_a_real_architecture_verifies(architecture: str, real_relea
     assert report.ok, report.checks
 
 
-def test_a_release_holds_the_files_of_a_triton_model_and_their_checksums(tiny_release: Path) -> None:
-    assert tuple(contents(tiny_release)) == FILES
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="this system has no sha256sum")
+def test_everybodys_sha256sum_checks_a_release(tiny_release: Path) -> None:
     assert subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=tiny_release).returncode == 0
+
+
+def test_a_release_holds_the_files_of_a_triton_model(tiny_release: Path) -> None:
+    assert tuple(contents(tiny_release)) == FILES
     assert (tiny_release / "labels.txt").read_text(encoding="utf-8").splitlines() == list(CLASSES)
     config = (tiny_release / "config.pbtxt").read_text()
     assert 'backend: "onnxruntime"' in config
