@@ -22,7 +22,7 @@ from datavector.merge import merge_vectors
 from datavector.model import BaseModel
 from datavector.networks import create_base
 from tests.integration.conftest import CLASSES, HOSPITALS, VISIT
-from tests.integration.processes import Aggregator, Site, command_line, free_port, until
+from tests.integration.processes import Aggregator, Process, Site, command_line, free_port, until
 from tests.serving import announce
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found in /proc")
@@ -103,33 +103,42 @@ def test_an_aggregator_and_its_jobs_are_killed_again_and_again_and_the_version_i
 
 
 def test_an_agent_killed_in_training_stopped_and_alone_delivers_the_vector_of_an_undisturbed_one(site: Site):
-    finished = site.folder / "north" / "state"
-    expected = sha256_file(finished / "vector.safetensors")
-    state = site.folder / "again"
-    state.mkdir()
-    shutil.copytree(finished / "bases", state / "bases")
-    shutil.copy(finished / "policy.json", state)
     address = f"127.0.0.1:{free_port()}"  # nobody is there yet
 
-    agent = site.agent("north", address, "--once", state=state)
+    def start(name: str) -> Process:
+        # Ten epochs: whatever the speed, some are left wherever the agent is killed below.
+        training = {"epochs": 10, "batch_size": 2}
+        return site.agent("north", address, "--once", state=site.folder / name, training=training)
+
+    for name in ("undisturbed", "again"):
+        shutil.copytree(site.folder / "north" / "state" / "bases", site.folder / name / "bases")
+        shutil.copy(site.folder / "north" / "state" / "policy.json", site.folder / name)
+    agent = start("undisturbed")
+    agent.wait_for(f"{address}: not reachable since ")
+    assert agent.terminate() == 1
+    expected = sha256_file(site.folder / "undisturbed" / "vector.safetensors")
+
+    vector = site.folder / "again" / "vector.safetensors"
+    agent = start("again")
     agent.wait_for("is not reachable (Connection refused); going on with the policy that it had last")
-    agent.wait_for("epoch 1 of 3")
+    agent.wait_for("epoch 1 of 10")
     agent.kill()  # as soon as an epoch has ended
-    agent = site.agent("north", address, "--once", state=state)
-    agent.wait_for("epoch 2 of 3")
+    agent = start("again")
+    agent.wait_for("epoch 2 of 10")
     agent.work_on(0.2)  # within an epoch
     agent.kill()
-    assert "epoch 1 of 3" not in agent.output
-    agent = site.agent("north", address, "--once", state=state)
+    assert "epoch 1 of 10" not in agent.output
+    assert not vector.exists()
+    agent = start("again")
     agent.wait_for("ok    data")
     assert agent.terminate() == 1
     assert "start it again to go on" in agent.output
-    assert not (state / "vector.safetensors").exists()
+    assert not vector.exists()
 
-    agent = site.agent("north", address, "--once", state=state)
+    agent = start("again")
     agent.wait_for(f"{address}: not reachable since ")
-    assert "epoch 2 of 3" not in agent.output
-    assert sha256_file(state / "vector.safetensors") == expected
+    assert "epoch 2 of 10" not in agent.output
+    assert sha256_file(vector) == expected
     aggregator = site.aggregator(VISIT, name="fresh", port=int(address.rpartition(":")[2]))
     assert "delivered: north-" in agent.succeed()
     assert [vector.spec.artifact.digest for vector in aggregator.vectors()] == [f"sha256:{expected}"]
