@@ -93,32 +93,53 @@ def base_create(
     typer.echo(base.digest)
 
 
+ServerNames = Annotated[
+    list[str] | None, typer.Option("--server-name", help="DNS name or IP address of the aggregator; may be repeated.")
+]
+
+
 @certs_app.command("init")
 def certs_init(
     output: Output = Path("certs"),
     trust_domain: Annotated[str, typer.Option(help="First part of every identity.")] = "datavector.local",
-    server_name: Annotated[
-        list[str] | None, typer.Option(help="DNS name or IP address of the aggregator; may be repeated.")
-    ] = None,
+    server_name: ServerNames = None,
 ) -> None:
     """Make a test authority and the aggregator's certificate."""
-    from datavector.wire.certs import init_authority, issue_aggregator
+    from datavector.wire.certs import demand_server_names, init_authority, issue_aggregator
 
+    names = _server_names(server_name)
+    demand_server_names(names)  # before anything is written: an authority is made only once
     init_authority(output, trust_domain=trust_domain)
-    certificate = issue_aggregator(output, server_names=["localhost", "127.0.0.1", *(server_name or [])])
+    certificate = issue_aggregator(output, server_names=names)
     typer.echo(f"{output / 'ca.crt'}: authority of {trust_domain}\n{certificate}: the aggregator's certificate")
 
 
 @certs_app.command("issue")
 def certs_issue(
-    hospital: Annotated[str, typer.Option(help="Name of the hospital.")],
+    hospital: Annotated[str | None, typer.Option(help="Name of the hospital.")] = None,
+    aggregator: Annotated[bool, typer.Option("--aggregator", help="Renew the aggregator's certificate.")] = False,
+    server_name: ServerNames = None,
     output: Annotated[Path, typer.Option("--authority", help="Folder that `certs init` wrote.")] = Path("certs"),
     days: Annotated[int, typer.Option(min=1, help="Days that the certificate is valid.")] = 365,
 ) -> None:
-    """Make a hospital's certificate and key."""
-    from datavector.wire.certs import issue_hospital
+    """Make a hospital's certificate and key, or the aggregator's anew."""
+    from datavector.wire.certs import issue_aggregator, issue_hospital
 
-    typer.echo(f"{issue_hospital(output, hospital, days=days)}: speaks for {hospital}, valid for {days} days")
+    if aggregator == (hospital is not None):
+        raise UsageError("a certificate is for a hospital or the aggregator", remedy="give --hospital or --aggregator")
+    if hospital is not None and server_name:
+        raise UsageError("a hospital's certificate has no server name", remedy="leave --server-name out")
+    if hospital is not None:
+        certificate, bearer = issue_hospital(output, hospital, days=days), hospital
+    else:
+        names = _server_names(server_name)
+        certificate = issue_aggregator(output, server_names=names, days=days)
+        bearer = f"the aggregator ({', '.join(names)})"
+    typer.echo(f"{certificate}: speaks for {bearer}, valid for {days} days")
+
+
+def _server_names(given: list[str] | None) -> list[str]:
+    return ["localhost", "127.0.0.1", *(given or [])]
 
 
 # --- Hospital -------------------------------------------------------------------------------------------------

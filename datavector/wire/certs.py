@@ -138,6 +138,12 @@ def issue_aggregator(folder: Path, *, server_names: Sequence[str], days: float =
     return _issue(folder, None, server_names, days)
 
 
+def demand_server_names(names: Sequence[str]) -> None:
+    """Raises UsageError for the first that is neither a DNS name nor an address."""
+    for name in names:
+        _server_name(name)
+
+
 def _issue(folder: Path, hospital: str | None, server_names: Sequence[str], days: float) -> Path:
     authority, authority_key = _load(folder / "ca.crt"), _load_key(folder / "ca.key")
     identity = Identity(_authority_domain(folder / "ca.crt", authority), hospital)
@@ -336,7 +342,8 @@ def _server_name(name: str) -> x509.GeneralName:
         return x509.DNSName(name)
     except ValueError as error:
         raise UsageError(
-            f"{name!r} is neither a DNS name nor an address", remedy="give e.g. --server host.example"
+            f"{name!r} is neither a DNS name nor an address",
+            remedy="give e.g. --server-name host.example, in its ASCII form (xn--...) where it has other letters",
         ) from error
 
 

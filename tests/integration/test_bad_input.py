@@ -216,6 +216,35 @@ CASES: dict[str, Bad] = {
     "an authority twice": Bad(
         2, ("has an authority already",), lambda at: ["certs", "init", "--output", at.site.certificates]
     ),
+    "a server name that is none": Bad(
+        2,
+        ("'bücher.example' is neither a DNS name nor an address", "give e.g. --server-name"),
+        lambda at: ["certs", "init", "--output", at.folder / "certs", "--server-name", "bücher.example"],
+    ),
+    "a certificate for nobody": Bad(
+        2,
+        ("give --hospital or --aggregator",),
+        lambda at: ["certs", "issue", "--authority", at.site.certificates],
+    ),
+    "a certificate for two": Bad(
+        2,
+        ("give --hospital or --aggregator",),
+        lambda at: ["certs", "issue", "--hospital", "north", "--aggregator", "--authority", at.site.certificates],
+    ),
+    "a hospital with a server name": Bad(
+        2,
+        ("a hospital's certificate has no server name",),
+        lambda at: [
+            "certs",
+            "issue",
+            "--hospital",
+            "north",
+            "--server-name",
+            "a.example",
+            "--authority",
+            at.site.certificates,
+        ],
+    ),
     "a name that is none": Bad(
         2,
         ("'North_1' is no hospital's name",),
