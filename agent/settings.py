@@ -11,6 +11,9 @@ from datavector.config import Section
 
 PREFIX = "DATAVECTOR_AGENT_"
 
+_LABEL = "[A-Za-z0-9_-]{1,63}"  # between the dots of a host's name
+_PORT = "[1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]"
+
 
 class Tls(Section):
     """Mutual TLS: the hospital's certificate and key, and the authority that signed the aggregator's."""
@@ -80,7 +83,7 @@ class AgentSettings(Section):
     """
 
     hospital: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-    aggregator: str = Field(pattern=r"^[^\s:/]+:\d{1,5}$|^\[[0-9a-fA-F:]+\]:\d{1,5}$")
+    aggregator: str = Field(pattern=rf"^({_LABEL}(\.{_LABEL})*\.?|\[[0-9a-fA-F:.]+\]):({_PORT})$")
     state: Path = Path("datavector-state")
     tls: Tls
     data: Data | None = None

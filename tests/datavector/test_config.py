@@ -133,10 +133,24 @@ def test_an_agents_file_leads_to_its_images_and_certificates(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "address",
+    ["a:1", "merge.example.org:8443", "my_host-1:65535", "10.0.0.7:60000", "[::1]:8443", "[::ffff:10.0.0.7]:1"],
+)
+def test_an_aggregator_is_a_name_or_an_address_with_a_port(tmp_path, address):
+    file = tmp_path / "agent.toml"
+    file.write_text(AGENT.replace("a:8443", address))
+    assert load_settings(AgentSettings, file, {}, prefix=PREFIX, environment={}).aggregator == address
+
+
+@pytest.mark.parametrize(
     ("old", "new", "says"),
     [
         ('"north"', '"North"', "hospital: string should match pattern"),
         ("a:8443", "https://a:8443", "aggregator: string should match pattern"),
+        ("a:8443", "a..b:8443", "aggregator: string should match pattern"),
+        ("a:8443", f"{'a' * 64}.example:8443", "aggregator: string should match pattern"),
+        ("a:8443", "bücher.example:8443", "aggregator: string should match pattern"),
+        ("a:8443", "a:65536", "aggregator: string should match pattern"),
         ("[tls]", "[tsl]", "did you mean 'tls'?"),
         ("ca = ", "[training]\nlearning_rate = 0.1\n#", "training.learning_rate: input should be less than or equal"),
     ],
