@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import sys
@@ -39,6 +40,8 @@ _WRONG_PATH = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENO
 
 def main() -> None:
     """Entry point: an error for a person is printed as one, with what to do next."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error does: a file's name need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
     try:
         app()

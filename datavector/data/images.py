@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from torch.nn import functional
 from datavector.data.decode import decode as decode
 from datavector.data.records import Record, demand_known
 from datavector.errors import CorruptImages, UnreadableData
-from datavector.files import atomic_write, canonical_json, write_json
+from datavector.files import atomic_write, canonical_json
 
 BATCH = 256  # images that are in memory at once while a cache is written
 FORMAT = "datavector-images/1"
@@ -117,7 +118,8 @@ def _mapped(
         with atomic_write(pixels) as file:
             for image in _decoded(records, size, corrupt, progress):
                 file.write(image.numpy().data)
-        write_json(note, {"format": FORMAT, "corrupt": [[str(path), reason] for path, reason in corrupt]})
+        with atomic_write(note) as file:  # in ASCII, which keeps names that are no UTF-8, too
+            file.write(json.dumps({"format": FORMAT, "corrupt": [[str(path), why] for path, why in corrupt]}).encode())
         shape = (len(records) - len(corrupt), 3, size, size)
     elif progress:
         progress(len(records), len(records))
@@ -142,11 +144,12 @@ def _key(records: Sequence[Record], size: int) -> str:
 
 
 def _identity(path: Path) -> list[object]:
+    name = os.fsencode(path.absolute()).hex()  # it need not be UTF-8
     try:
         status = path.stat()
     except OSError:
-        return [str(path.absolute()), -1, -1]
-    return [str(path.absolute()), status.st_size, status.st_mtime_ns]
+        return [name, -1, -1]
+    return [name, status.st_size, status.st_mtime_ns]
 
 
 def _decoded(

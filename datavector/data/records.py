@@ -128,7 +128,12 @@ def _units(candidates: Sequence[Record], seed: int) -> list[list[Record]]:
     for record in candidates:
         relative = paths[record].relative_to(common).as_posix()
         units[f"group\0{record.group}" if record.group else f"file\0{relative}"].append(record)
-    return [units[key] for key in sorted(units, key=lambda key: hashlib.sha256(f"{seed}\0{key}".encode()).digest())]
+    return [units[key] for key in sorted(units, key=lambda key: _drawn(seed, key))]
+
+
+def _drawn(seed: int, key: str) -> bytes:
+    """A key's place in the order; a file's name need not be UTF-8."""
+    return hashlib.sha256(f"{seed}\0{key}".encode(errors="surrogateescape")).digest()
 
 
 def _leaves_one(held: Counter[str], taken: Counter[str], labels: Counter[str]) -> bool:

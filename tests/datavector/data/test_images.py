@@ -119,6 +119,27 @@ def test_a_damaged_cache_is_written_again(records: list[Record], tmp_path: Path,
     assert torch.equal(load_images(records, CLASSES, 16, cache=tmp_path / "cache").images, first)
 
 
+def test_names_that_are_no_utf_8_are_cached_and_remembered(records: list[Record], tmp_path: Path) -> None:
+    odd = [rename_to_latin_1(record) for record in records]
+    spoil(odd[7].path)
+    first = load_images(odd, CLASSES, 16, cache=tmp_path / "cache", max_corrupt=0.1)
+    steps: list[tuple[int, int]] = []
+    again = load_images(
+        odd, CLASSES, 16, cache=tmp_path / "cache", max_corrupt=0.1, progress=lambda *step: steps.append(step)
+    )
+    assert steps == [(20, 20)]
+    assert [path for path, _ in again.corrupt] == [odd[7].path]
+    assert (again.records, again.corrupt) == (first.records, first.corrupt)
+
+
+def rename_to_latin_1(record: Record) -> Record:
+    name = os.fsdecode(b"M\xfcller-" + record.path.name.encode())
+    try:
+        return Record(record.path.rename(record.path.with_name(name)), record.label)
+    except OSError as error:
+        pytest.skip(f"this file system takes names in UTF-8 only ({error.strerror})")
+
+
 def test_changing_the_images_never_changes_the_cache(records: list[Record], tmp_path: Path) -> None:
     first = load_images(records, CLASSES, 16, cache=tmp_path / "cache")
     before = first.images.clone()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -68,6 +69,20 @@ def test_the_choice_depends_neither_on_where_the_images_lie_nor_on_their_order()
         return [record.path.relative_to(root).as_posix() for record in split if record.split == "val"]
 
     assert chosen("/data", 1) == chosen("/mnt/other/place", -1) != []
+
+
+def test_the_choice_of_a_seed_is_the_same_in_every_release() -> None:
+    records = hospital(["a", "b"] * 6)
+    records += [Record(Path(f"/data/c/Größe {number}.png"), "c", "", f"patient {number % 3}") for number in range(9)]
+    split = assign_splits(records, validation=0.25, seed=0)
+    chosen = [record.path.relative_to("/data").as_posix() for record in split if record.split == "val"]
+    assert chosen[:4] == ["a/10.png", "a/8.png", "b/5.png", "b/7.png"]
+    assert chosen[4:] == ["c/Größe 2.png", "c/Größe 5.png", "c/Größe 8.png"]
+
+
+def test_names_that_are_no_utf_8_are_split_like_others() -> None:
+    records = [Record(Path(os.fsdecode(b"/data/M\xfcller-%d.png" % number)), "ab"[number % 2]) for number in range(20)]
+    assert share(assign_splits(records, validation=0.2, seed=0), "val") == {"a": 2, "b": 2}
 
 
 def test_relative_and_absolute_paths_can_be_mixed() -> None:

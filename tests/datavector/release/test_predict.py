@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +20,8 @@ from datavector.model import BaseModel
 from datavector.release.predict import predict
 from datavector.release.probes import draw_probes
 from tests.datavector.release.samples import ARCHITECTURES, CLASSES
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +75,21 @@ def test_an_unreadable_image_is_one_line_and_the_others_go_on(
     assert ["error" in result for result in results] == [False, True, True, False]
     assert set(results[1]) == {"image", "error"}
     assert "torn.png" in results[1]["error"]
+
+
+def test_a_file_whose_name_is_no_utf_8_is_classified_and_named(tiny_release: Path, images: list[Path], tmp_path: Path):
+    image = tmp_path / os.fsdecode(b"M\xfcller.png")
+    try:
+        shutil.copy(images[0], image)
+    except OSError as error:
+        pytest.skip(f"this file system takes names in UTF-8 only ({error.strerror})")
+    command = [sys.executable, "-m", "datavector", "predict", tiny_release, image, tmp_path / os.fsdecode(b"\xfc.png")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    found, absent = (json.loads(line) for line in done.stdout.splitlines())
+    assert (found["image"], absent["image"]) == (str(image), str(tmp_path / os.fsdecode(b"\xfc.png")))
+    assert found["label"] in CLASSES
+    assert "1 of 2 images could not be read" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_photograph_is_turned_upright_and_deep_grey_is_scaled(tiny_release: Path, tmp_path: Path) -> None:
