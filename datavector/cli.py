@@ -60,7 +60,7 @@ def main() -> None:
         )
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted; starting again goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(1)
 
 
