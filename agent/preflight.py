@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from typing import TypeVar
@@ -141,8 +142,17 @@ def aggregator(settings: AgentSettings, client: Client) -> tuple[PolicyInfo, str
 
 
 def base_model(settings: AgentSettings, client: Client, policy: PolicyInfo) -> tuple[BaseModel, str]:
-    """The base model by digest: from the cache, else from the aggregator."""
+    """The base model by digest: from the cache, else from the aggregator.
+
+    Raises:
+        ProtocolError: the policy's digest is none, or it announces other files than a base model's.
+        BaseModelError, WrongDigest: what is there, or arrives, is not what the digest says.
+    """
     digest = policy.base_digest
+    if not re.fullmatch("sha256:[0-9a-f]{64}", digest):  # it becomes a path here
+        raise ProtocolError(
+            f"policy {policy.name} names its base model {digest!r}", remedy="do not trust it: ask the aggregation site"
+        )
     folder = settings.state / "bases" / digest.removeprefix("sha256:")
     if sorted(file.name for file in policy.base_files) != sorted(FILES):
         raise ProtocolError(

@@ -428,9 +428,13 @@ class Liar(ExchangeServicer):
     """An aggregator that names files outside the folder in which they are expected."""
 
     def Describe(self, request: DescribeRequest, context: grpc.ServicerContext) -> DescribeReply:  # noqa: N802
-        files = [FileInfo(name="../../outside", size=1), FileInfo(name="base.json", size=1)]
-        policy = PolicyInfo(name="trial", base_digest=f"sha256:{'0' * 64}", base_files=files)
-        return DescribeReply(hospital="north", policies=[policy])
+        outside = [FileInfo(name="../../outside", size=1), FileInfo(name="base.json", size=1)]
+        usual = [FileInfo(name="base.safetensors", size=1), FileInfo(name="base.json", size=1)]
+        policies = [
+            PolicyInfo(name="files", base_digest=f"sha256:{'0' * 64}", base_files=outside),
+            PolicyInfo(name="digest", base_digest="sha256:../../outside", base_files=usual),
+        ]
+        return DescribeReply(hospital="north", policies=policies)
 
     def DescribeRelease(self, request: DescribeReleaseRequest, context: grpc.ServicerContext) -> DescribeReleaseReply:  # noqa: N802
         return DescribeReleaseReply(version="trial-1", files=[FileInfo(name="../outside", size=1)])
@@ -447,11 +451,19 @@ def test_an_aggregator_cannot_name_files_outside_their_folder(new_site: Site):
     server.start()
     try:
         new_site.config("north", f"127.0.0.1:{port}")
-        agent = new_site.run("north", "agent", "--preflight")
-        fetch = new_site.run("north", "release", "fetch", "--output", new_site.folder / "release")
+        ended, printed = [], []
+        for command in (
+            ("agent", "--preflight", "--policy", "files"),
+            ("agent", "--preflight", "--policy", "digest"),
+            ("release", "fetch", "--output", new_site.folder / "release"),
+        ):
+            process = new_site.run("north", *command)
+            ended.append(process.wait())
+            printed.append(process.output)
     finally:
         server.stop(None)
-    assert agent.wait() == fetch.wait() == 1
-    assert "announces a base model of other files" in agent.output
-    assert "the aggregator names a file '../outside'" in fetch.output
+    assert ended == [1, 1, 1]
+    assert "announces a base model of other files" in printed[0]
+    assert "policy digest names its base model 'sha256:../../outside'" in printed[1]
+    assert "the aggregator names a file '../outside'" in printed[2]
     assert not list(new_site.folder.rglob("*outside*"))
