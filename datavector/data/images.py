@@ -68,7 +68,8 @@ def load_images(
         size: side of the square images in pixels.
         cache: a folder; pixels are then kept in a file there (3 x size x size bytes an image), mapped into memory, and
             used again at the next call with the same files. Its name is a digest of the files' paths, lengths and
-            modification times: what has changed is decoded anew. Old files there may be deleted at any time.
+            modification times: what has changed is decoded anew, and so are all while the operating system cannot read
+            one of them. Old files there may be deleted at any time.
         max_corrupt: the share of undecodable images that is tolerated.
         progress: called with the number of images done and of all.
     Raises:
@@ -94,16 +95,17 @@ def resize(pixels: NDArray[np.uint8], size: int) -> torch.Tensor:
 
 
 Corrupt = list[tuple[Path, str]]
+Failed = list[tuple[Path, UnreadableData]]
 
 
 def _in_memory(records: Sequence[Record], size: int, progress: Progress | None) -> tuple[torch.Tensor, Corrupt]:
     images = torch.empty((len(records), 3, size, size), dtype=torch.uint8)
-    corrupt: Corrupt = []
+    failed: Failed = []
     filled = 0
-    for image in _decoded(records, size, corrupt, progress):
+    for image in _decoded(records, size, failed, progress):
         images[filled] = image
         filled += 1
-    return images[:filled], corrupt
+    return images[:filled], _reasons(failed)
 
 
 def _mapped(
@@ -114,12 +116,16 @@ def _mapped(
     corrupt = _recall(note)
     shape = (len(records) - len(corrupt or ()), 3, size, size)
     if corrupt is None or not pixels.is_file() or pixels.stat().st_size != np.prod(shape):
-        corrupt = []
+        failed: Failed = []
+        note.unlink(missing_ok=True)
         with atomic_write(pixels) as file:
-            for image in _decoded(records, size, corrupt, progress):
+            for image in _decoded(records, size, failed, progress):
                 file.write(image.numpy().data)
-        with atomic_write(note) as file:  # in ASCII, which keeps names that are no UTF-8, too
-            file.write(json.dumps({"format": FORMAT, "corrupt": [[str(path), why] for path, why in corrupt]}).encode())
+        corrupt = _reasons(failed)
+        if not any(_may_pass(error) for _, error in failed):  # else the next call has to look again
+            with atomic_write(note) as file:  # in ASCII, which keeps names that are no UTF-8, too
+                content = {"format": FORMAT, "corrupt": [[str(path), reason] for path, reason in corrupt]}
+                file.write(json.dumps(content).encode())
         shape = (len(records) - len(corrupt), 3, size, size)
     elif progress:
         progress(len(records), len(records))
@@ -128,6 +134,15 @@ def _mapped(
     # shared=False maps copy-on-write: pages come from the file and are dropped under memory pressure.
     flat = torch.from_file(str(pixels), shared=False, size=int(np.prod(shape)), dtype=torch.uint8)
     return flat.reshape(shape), corrupt
+
+
+def _reasons(failed: Failed) -> Corrupt:
+    return [(path, error.message) for path, error in failed]
+
+
+def _may_pass(error: UnreadableData) -> bool:
+    """Whether the operating system refused the file (no permission, I/O error), not a decoder its content."""
+    return isinstance(error.__cause__, OSError) and error.__cause__.errno is not None
 
 
 def _recall(note: Path) -> Corrupt | None:
@@ -152,10 +167,8 @@ def _identity(path: Path) -> list[object]:
     return [name, status.st_size, status.st_mtime_ns]
 
 
-def _decoded(
-    records: Sequence[Record], size: int, corrupt: Corrupt, progress: Progress | None
-) -> Iterator[torch.Tensor]:
-    """Yields (3, size, size) images in the records' order; notes in `corrupt` those that it cannot decode."""
+def _decoded(records: Sequence[Record], size: int, failed: Failed, progress: Progress | None) -> Iterator[torch.Tensor]:
+    """Yields (3, size, size) images in the records' order; notes in `failed` those that it cannot decode."""
 
     def load(record: Record) -> torch.Tensor | UnreadableData:
         try:
@@ -172,7 +185,7 @@ def _decoded(
                 if progress:
                     progress(done, len(records))
                 if isinstance(image, UnreadableData):
-                    corrupt.append((record.path, image.message))
+                    failed.append((record.path, image))
                 else:
                     yield image
 

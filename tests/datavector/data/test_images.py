@@ -119,6 +119,19 @@ def test_a_damaged_cache_is_written_again(records: list[Record], tmp_path: Path,
     assert torch.equal(load_images(records, CLASSES, 16, cache=tmp_path / "cache").images, first)
 
 
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="this system has no file that cannot be read")
+def test_an_image_that_the_system_cannot_read_now_is_tried_again(records: list[Record], tmp_path: Path) -> None:
+    records[3].path.unlink()
+    records[3].path.symlink_to("/proc/self/mem")  # reading its begin is an I/O error, for root too
+    steps: list[tuple[int, int]] = []
+    for call in (1, 2):
+        loaded = load_images(records, CLASSES, 16, cache=tmp_path / "cache", progress=lambda *step: steps.append(step))
+        assert len(steps) == call * len(records)
+        assert "Input/output error" in loaded.corrupt[0][1]
+        assert len(loaded) == len(records) - 1
+        assert not list((tmp_path / "cache").glob("*.json"))
+
+
 def test_names_that_are_no_utf_8_are_cached_and_remembered(records: list[Record], tmp_path: Path) -> None:
     odd = [rename_to_latin_1(record) for record in records]
     spoil(odd[7].path)
