@@ -85,9 +85,11 @@ def device(settings: AgentSettings) -> str:
 
 
 def state(settings: AgentSettings) -> str:
-    """The state folder is there and can be written."""
+    """The state folder is there, can be written, and is closed to others where it belongs to this user."""
     try:
-        settings.state.mkdir(parents=True, exist_ok=True)
+        settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if settings.state.stat().st_uid == os.geteuid():
+            settings.state.chmod(0o700)  # patients' images lie there
     except OSError as error:
         raise UsageError(
             f"{settings.state} cannot be made ({error.strerror})", remedy="set state to a folder on a writable volume"

@@ -229,7 +229,7 @@ def fit(
     def save() -> None:
         if rank == 0:
             parts = {"network": plain.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            with atomic_write(job.folder / CHECKPOINT) as file:
+            with atomic_write(job.folder / CHECKPOINT, mode=0o600) as file:
                 torch.save({"format": FORMAT, "key": key, "progress": asdict(progress), **parts}, file)
 
     samples = Augmented(job.images, job.labels, settings.seed)
@@ -393,7 +393,7 @@ def _fit_with_torchrun(job: Job, on_epoch: Callable[[EpochReport], None], stop: 
     """Runs `fit` in one process per GPU; the first one writes, and prints its reports as lines of JSON."""
     paths = {"images": job.folder / IMAGES, "job": job.folder / JOB}
     tensors = {"images": job.images, "labels": job.labels, "val_images": job.val_images, "val_labels": job.val_labels}
-    with atomic_write(paths["images"]) as file:
+    with atomic_write(paths["images"], mode=0o600) as file:
         torch.save(tensors, file)
     write_json(paths["job"], {"base": str(job.base.path), "settings": asdict(job.settings)})
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.settings.processes}"]
@@ -510,7 +510,7 @@ def _logits(
 
 def _write_weights(path: Path, base: BaseModel, network: nn.Module) -> None:
     tensors = export_tensors(network)
-    write_tensors(path, base.layout, (tensors[spec.name] for spec in base.layout.tensors))
+    write_tensors(path, base.layout, (tensors[spec.name] for spec in base.layout.tensors), mode=0o600)
 
 
 def _load_checkpoint(folder: Path, key: str, device: torch.device) -> dict[str, Any] | None:

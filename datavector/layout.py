@@ -153,7 +153,7 @@ class TensorFile:
         self.close()
 
 
-def write_tensors(path: Path, layout: Layout, tensors: Iterable[FloatArray]) -> None:
+def write_tensors(path: Path, layout: Layout, tensors: Iterable[FloatArray], *, mode: int = 0o644) -> None:
     """Writes a file atomically. `tensors` come in the layout's order; one is in memory at a time.
 
     Raises:
@@ -161,7 +161,7 @@ def write_tensors(path: Path, layout: Layout, tensors: Iterable[FloatArray]) -> 
         ValueError: there are more or fewer tensors than in the layout.
         DiskFull: no space is left.
     """
-    with atomic_write(path) as file:
+    with atomic_write(path, mode=mode) as file:
         file.write(layout.header)
         for spec, tensor in zip(layout.tensors, tensors, strict=True):
             if tensor.shape != spec.shape:

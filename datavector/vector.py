@@ -22,7 +22,7 @@ LARGEST = 1e12  # beyond what any training gives, and sums of it stay finite
 
 
 def write_vector(path: Path, base: BaseModel, tuned: Mapping[str, FloatArray]) -> str:
-    """Writes theta_ft - theta_pre for every tensor of `base`.
+    """Writes theta_ft - theta_pre for every tensor of `base`, into a file that only its owner may read.
 
     Args:
         tuned: the fine-tuned tensors by name, float32, in the base model's shapes.
@@ -36,7 +36,8 @@ def write_vector(path: Path, base: BaseModel, tuned: Mapping[str, FloatArray]) -
         DiskFull: no space is left.
     """
     with base.open() as pretrained:
-        write_tensors(path, base.vector_layout, (_difference(pretrained, tuned, name) for name in _names(base, tuned)))
+        differences = (_difference(pretrained, tuned, name) for name in _names(base, tuned))
+        write_tensors(path, base.vector_layout, differences, mode=0o600)
     return sha256_file(path)
 
 

@@ -118,12 +118,12 @@ def _mapped(
     if corrupt is None or not pixels.is_file() or pixels.stat().st_size != np.prod(shape):
         failed: Failed = []
         note.unlink(missing_ok=True)
-        with atomic_write(pixels) as file:
+        with atomic_write(pixels, mode=0o600) as file:
             for image in _decoded(records, size, failed, progress):
                 file.write(image.numpy().data)
         corrupt = _reasons(failed)
         if not any(_may_pass(error) for _, error in failed):  # else the next call has to look again
-            with atomic_write(note) as file:  # in ASCII, which keeps names that are no UTF-8, too
+            with atomic_write(note, mode=0o600) as file:  # in ASCII, which keeps names that are no UTF-8, too
                 content = {"format": FORMAT, "corrupt": [[str(path), reason] for path, reason in corrupt]}
                 file.write(json.dumps(content).encode())
         shape = (len(records) - len(corrupt), 3, size, size)

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from agent.settings import AgentSettings, Data, Tls
 from datavector.data.images import ImageSet
 from datavector.data.records import Record
 from datavector.model import BaseModel
@@ -45,3 +46,10 @@ def val_set() -> ImageSet:
 def sites() -> list[ImageSet]:
     """Three hospitals of different size and brightness."""
     return [noisy_colours(count, 10 + count, shift=shift) for count, shift in ((5, 0), (12, 30), (8, -25))]
+
+
+def settings_of(state: Path, data: Path | None = None) -> AgentSettings:
+    """Settings of an agent that dials nobody."""
+    tls = Tls(certificate=Path("c"), key=Path("k"), ca=Path("a"))
+    chosen = Data(path=data) if data else None
+    return AgentSettings(hospital="north", aggregator="localhost:1", state=state, tls=tls, data=chosen)

@@ -135,6 +135,16 @@ def test_a_finished_training_is_not_done_again(base, train_set, val_set, result)
     assert sorted(path.name for path in result.weights.parent.iterdir()) == [training.RESULT, training.TUNED]
 
 
+def test_what_training_leaves_is_its_owners_alone(base, train_set, val_set, tmp_path):
+    stop = threading.Event()
+    with pytest.raises(Interrupted):
+        train(base, train_set, val_set, SETTINGS, tmp_path, stop=stop, on_epoch=lambda _: stop.set())
+    half = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert half == {training.CHECKPOINT: 0o600, training.BEST: 0o600}
+    done = train(base, train_set, val_set, SETTINGS, tmp_path)
+    assert done.weights.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_checkpoint_of_other_images_or_a_damaged_one_is_not_gone_on_with(
     base, train_set, val_set, tmp_path, expected
 ):

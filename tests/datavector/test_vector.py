@@ -106,6 +106,11 @@ def test_a_vector_is_what_fine_tuning_changed(small_base, tuned, tmp_path):
     scanner.finish(size=len(content), sha256=digest)
 
 
+def test_a_vector_is_its_owners_alone(small_base, tuned, tmp_path):
+    write_vector(tmp_path / "tau", small_base, tuned)
+    assert (tmp_path / "tau").stat().st_mode & 0o777 == 0o600
+
+
 def test_a_vector_names_its_base_in_the_header(small_base, large_base, tuned, tmp_path):
     write_vector(tmp_path / "tau", small_base, tuned)
     assert small_base.digest.encode() in (tmp_path / "tau").read_bytes()[:2000]

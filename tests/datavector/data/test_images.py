@@ -101,6 +101,11 @@ def test_a_cache_gives_the_same_images_and_is_used_again(records: list[Record], 
         assert (loaded.records, loaded.corrupt) == (plain.records, plain.corrupt)
 
 
+def test_a_cache_is_its_owners_alone(records: list[Record], tmp_path: Path) -> None:
+    load_images(records, CLASSES, 16, cache=tmp_path / "cache")
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "cache").iterdir()} == {0o600}
+
+
 def test_a_changed_file_or_size_is_decoded_anew(records: list[Record], tmp_path: Path, paint: Paint) -> None:
     first = load_images(records, CLASSES, 16, cache=tmp_path / "cache")
     assert load_images(records, CLASSES, 8, cache=tmp_path / "cache").images.shape[-1] == 8
