@@ -5,7 +5,7 @@ What needs torchvision is imported after the preflight: it takes seconds, and wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from agent.settings import AgentSettings
 from agent.site import LEDGER, Site, connect, only_agent, open_site
 from agent.upload import upload
 from datavector.console import progress, say
-from datavector.data.records import Record, assign_splits
+from datavector.data.records import Record
 from datavector.errors import DataVectorError, Interrupted, TryAgain, Unreachable
 from datavector.files import write_json
 from datavector.model import BaseModel
@@ -37,7 +37,7 @@ VECTOR, VECTOR_INFO, POLICY = "vector.safetensors", "vector.json", "policy.json"
 
 @dataclass(frozen=True)
 class Ready:
-    """What the preflight found."""
+    """What the preflight found; every record has its split."""
 
     policy: PolicyInfo
     base: BaseModel
@@ -130,7 +130,7 @@ def train_vector(site: Site, ready: Ready) -> VectorInfo:
     from agent.train import TrainSettings, train
 
     settings, base, metrics = site.settings, ready.base, site.metrics
-    training, validation = _load_images(settings, ready, metrics)
+    training, validation = _load_images(settings, ready, metrics, ("train", "val"))
 
     def show(report: EpochReport) -> None:
         metrics.epoch.set(report.epoch)
@@ -205,30 +205,32 @@ def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
             raise Interrupted("stopped while waiting for tasks", remedy="start it again to go on")
 
 
-def _load_images(settings: AgentSettings, ready: Ready, metrics: Metrics) -> tuple[ImageSet, ImageSet]:
-    """Training and validation images; corrupt ones are named, and left out."""
-    from datavector.data.images import load_images
+def _load_images(
+    settings: AgentSettings, ready: Ready, metrics: Metrics, splits: Sequence[str] = ("train",)
+) -> list[ImageSet]:
+    """The images of each split; corrupt ones are named, and left out. What earlier settings had decoded is removed."""
+    from datavector.data.images import load_images, unused_caches
 
     assert settings.data is not None  # noqa: S101  the preflight demands it
-    data, base = settings.data, ready.base
-    records = assign_splits(ready.records, validation=data.validation, seed=settings.training.seed)
+    base, cache, records = ready.base, settings.state / preflight.IMAGES, preflight.by_split(ready.records)
+    for file in unused_caches(records.values(), base.input.size, cache):
+        file.unlink()
     sets = []
-    for split in ("train", "val"):
-        chosen = [record for record in records if record.split == split]
+    for split in splits:
         with progress(f"decoding {split} images") as show:
             images = load_images(
-                chosen,
+                records[split],
                 base.classes,
                 base.input.size,
-                cache=settings.state / "images",
-                max_corrupt=data.max_corrupt,
+                cache=cache,
+                max_corrupt=settings.data.max_corrupt,
                 progress=show,
             )
         for path, reason in images.corrupt:
             say(f"corrupt image left out: {path} ({reason})")
+        metrics.corrupt_images.labels(split).set(len(images.corrupt))
         sets.append(images)
-    metrics.corrupt_images.set(sum(len(images.corrupt) for images in sets))
-    return sets[0], sets[1]
+    return sets
 
 
 def _known_vector(state: Path) -> VectorInfo | None:

@@ -18,7 +18,7 @@ class Metrics:
             registry=self.registry,
         )
         self.corrupt_images = Gauge(
-            "datavector_agent_corrupt_images", "Images that could not be decoded.", registry=self.registry
+            "datavector_agent_corrupt_images", "Images that could not be decoded.", ["split"], registry=self.registry
         )
         self.sent_bytes = Counter("datavector_agent_sent_bytes", "Bytes of vectors sent.", registry=self.registry)
         self.uploads = Counter("datavector_agent_uploads", "Uploads by outcome.", ["outcome"], registry=self.registry)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from agent.client import Client
 from agent.ledger import Ledger
 from agent.settings import AgentSettings
 from datavector.checks import check_records
-from datavector.data.records import Record, read_records
+from datavector.data.records import Record, assign_splits, read_records
 from datavector.errors import BaseModelError, DataVectorError, DiskFull, ProtocolError, UsageError, WrongHospital
 from datavector.files import fsync
 from datavector.model import FILES, BaseModel
@@ -21,6 +21,7 @@ from datavector.wire.v1.exchange_pb2 import PolicyInfo
 
 # Checkpoints hold weights and two optimiser moments, for the last and the best epoch; then come base and vector.
 BASE_SIZES_ON_DISK = 8
+IMAGES = "images"  # decoded ones, in the state folder
 WARN_DAYS = 30
 
 
@@ -175,14 +176,30 @@ def base_model(settings: AgentSettings, client: Client, policy: PolicyInfo) -> t
 
 
 def data(settings: AgentSettings, base: BaseModel) -> tuple[list[Record], str]:
-    """The images can be listed and fit the base model.
+    """The images can be listed, fit the base model, and have room in the state folder once they are decoded.
 
+    Returns:
+        Every image's record, with the split that it belongs to.
     Raises:
         DataError: no image, one class only, a class the base lacks, an unreadable folder.
+        DiskFull: the decoded images do not fit.
         UsageError: the settings name no data.
     """
+    from datavector.data.images import cache_size, unused_caches  # torch takes seconds to import
+
     if settings.data is None:
         raise UsageError("data.path is not set", remedy="set it to the image folder or manifest (--data)")
     records = read_records(settings.data.path)
     summary = check_records(records, base.classes)
+    records = assign_splits(records, validation=settings.data.validation, seed=settings.training.seed)
+    lists, size, cache = by_split(records).values(), base.input.size, settings.state / IMAGES
+    needed = sum(cache_size(each, size, cache) for each in lists)
+    unused = sum(file.stat().st_size for file in unused_caches(lists, size, cache))  # they make room first
+    if shutil.disk_usage(settings.state).free + unused < needed:
+        raise DiskFull(settings.state, needed=needed)
     return records, " ".join((f"{summary}.", *summary.warnings))
+
+
+def by_split(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The records to train on ("train") and to choose the best epoch with ("val")."""
+    return {split: [record for record in records if record.split == split] for split in ("train", "val")}

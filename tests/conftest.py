@@ -1,7 +1,8 @@
-"""Fixtures of all tests: certificates, a running receiver, a hospital's client and its bad link."""
+"""Fixtures of all tests: certificates, a running receiver, a hospital's client, its bad link and its small disk."""
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -90,3 +91,20 @@ def cut_link() -> Iterator[Callable[[str], Link]]:
     yield make
     for link in links:
         link.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
+    """Mounts file systems of a few MiB: `small_disk(folder, mebibytes)`."""
+    mounted: list[Path] = []
+
+    def mount(folder: Path, mebibytes: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root can mount a small file system")
+        mounted.append(folder)
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ def load_images(
         cache: a folder; pixels are then kept in a file there (3 x size x size bytes an image), mapped into memory, and
             used again at the next call with the same files. Its name is a digest of the files' paths, lengths and
             modification times: what has changed is decoded anew, and so are all while the operating system cannot read
-            one of them. Old files there may be deleted at any time.
+            one of them. The files are their owner's alone; they may be deleted at any time (`unused_caches`).
         max_corrupt: the share of undecodable images that is tolerated.
         progress: called with the number of images done and of all.
     Raises:
@@ -85,6 +85,17 @@ def load_images(
     index = {label: position for position, label in enumerate(classes)}
     labels = torch.tensor([index[record.label] for record in decoded], dtype=torch.int64)
     return ImageSet(images, labels, decoded, tuple(corrupt))
+
+
+def cache_size(records: Sequence[Record], size: int, cache: Path) -> int:
+    """Bytes that `load_images` would write into the folder `cache` at most; 0 where it finds them there."""
+    return 0 if _recall(_files(records, size, cache)[1]) is not None else len(records) * 3 * size * size
+
+
+def unused_caches(used: Iterable[Sequence[Record]], size: int, cache: Path) -> list[Path]:
+    """The files in the folder `cache` that `load_images` would use for none of these lists of records."""
+    kept = {file for records in used for file in _files(records, size, cache)}
+    return [file for file in sorted(cache.glob("*")) if file.is_file() and file not in kept]
 
 
 def resize(pixels: NDArray[np.uint8], size: int) -> torch.Tensor:
@@ -111,8 +122,7 @@ def _in_memory(records: Sequence[Record], size: int, progress: Progress | None) 
 def _mapped(
     records: Sequence[Record], size: int, cache: Path, progress: Progress | None
 ) -> tuple[torch.Tensor, Corrupt]:
-    key = _key(records, size)
-    pixels, note = cache / f"{key}.pixels", cache / f"{key}.json"
+    pixels, note = _files(records, size, cache)
     corrupt = _recall(note)
     shape = (len(records) - len(corrupt or ()), 3, size, size)
     if corrupt is None or not pixels.is_file() or pixels.stat().st_size != np.prod(shape):
@@ -154,8 +164,11 @@ def _recall(note: Path) -> Corrupt | None:
         return None
 
 
-def _key(records: Sequence[Record], size: int) -> str:
-    return hashlib.sha256(canonical_json([FORMAT, size, [_identity(record.path) for record in records]])).hexdigest()
+def _files(records: Sequence[Record], size: int, cache: Path) -> tuple[Path, Path]:
+    """Where the pixels are kept, and the note that says that they are whole."""
+    content = canonical_json([FORMAT, size, [_identity(record.path) for record in records]])
+    key = hashlib.sha256(content).hexdigest()
+    return cache / f"{key}.pixels", cache / f"{key}.json"
 
 
 def _identity(path: Path) -> list[object]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from agent import preflight
-from tests.agent.conftest import settings_of
+from datavector.errors import DiskFull
+from tests.agent.conftest import CLASSES, settings_of
 
 
 def mode(path: Path) -> int:
@@ -32,3 +33,34 @@ def test_a_state_folder_of_somebody_else_stays_as_it_is(tmp_path):
     os.chown(settings.state, 12345, 12345)
     preflight.state(settings)
     assert mode(settings.state) == 0o2775
+
+
+@pytest.fixture
+def images(tmp_path):
+    """40 images, which nobody has decoded yet."""
+    for label in CLASSES[:2]:
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(20):
+            (tmp_path / "images" / label / f"{number}.png").touch()
+    return tmp_path / "images"
+
+
+def test_images_that_do_not_fit_once_they_are_decoded_are_noticed_before_they_are(base, images, tmp_path, small_disk):
+    settings = settings_of(tmp_path / "disk" / "state", images)
+    small_disk(tmp_path / "disk", 1)
+    preflight.state(settings)
+    records, _ = preflight.data(settings, base)
+    assert sorted(record.path for record in records) == sorted(images.rglob("*.png"))
+    decoded = 40 * 3 * base.input.size**2
+    (tmp_path / "disk" / "other").write_bytes(bytes((1 << 20) - decoded // 2))
+    with pytest.raises(DiskFull, match=f"on the disk of {settings.state}"):
+        preflight.data(settings, base)
+
+
+def test_decoded_images_that_are_no_longer_needed_count_as_room(base, images, tmp_path, small_disk):
+    settings = settings_of(tmp_path / "disk" / "state", images)
+    small_disk(tmp_path / "disk", 1)
+    preflight.state(settings)
+    (settings.state / preflight.IMAGES).mkdir()
+    (settings.state / preflight.IMAGES / "earlier.pixels").write_bytes(bytes((1 << 20) - 8192))
+    preflight.data(settings, base)

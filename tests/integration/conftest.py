@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -72,23 +71,6 @@ def site(new_site: Site, trained_site: Site) -> Site:
     for name in ("aggregator", *HOSPITALS):
         shutil.copytree(trained_site.folder / name, new_site.folder / name)
     return new_site
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[Path, int], None]]:
-    """Mounts file systems of a few MiB: `small_disk(folder, mebibytes)`."""
-    mounted: list[Path] = []
-
-    def mount(folder: Path, mebibytes: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
-        if subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("only root can mount a small file system")
-        mounted.append(folder)
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def draw_images(folder: Path, *, seed: int) -> None:

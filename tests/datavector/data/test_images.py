@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from datavector.data.images import BATCH, load_images, resize
+from datavector.data.images import BATCH, cache_size, load_images, resize, unused_caches
 from datavector.data.records import Record
 from datavector.errors import CorruptImages, UnknownClass
 
@@ -104,6 +104,21 @@ def test_a_cache_gives_the_same_images_and_is_used_again(records: list[Record], 
 def test_a_cache_is_its_owners_alone(records: list[Record], tmp_path: Path) -> None:
     load_images(records, CLASSES, 16, cache=tmp_path / "cache")
     assert {path.stat().st_mode & 0o777 for path in (tmp_path / "cache").iterdir()} == {0o600}
+
+
+def test_a_cache_says_what_it_will_take_and_what_is_no_longer_used(records: list[Record], tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert cache_size(records, 16, cache) == 20 * 3 * 16 * 16
+    for some in (records[:10], records[10:]):
+        load_images(some, CLASSES, 16, cache=cache)
+        assert cache_size(some, 16, cache) == 0
+    assert unused_caches([records[:10], records[10:]], 16, cache) == []
+    unused = unused_caches([records[:10]], 16, cache)
+    assert sorted(path.suffix for path in unused) == [".json", ".pixels"]
+    for path in unused:
+        path.unlink()
+    assert cache_size(records[:10], 16, cache) == 0
+    assert unused_caches([records], 16, tmp_path / "absent") == []
 
 
 def test_a_changed_file_or_size_is_decoded_anew(records: list[Record], tmp_path: Path, paint: Paint) -> None:
