@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -230,7 +230,7 @@ def fit(
         if rank == 0:
             parts = {"network": plain.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             with atomic_write(job.folder / CHECKPOINT, mode=0o600) as file:
-                torch.save({"format": FORMAT, "key": key, "progress": asdict(progress), **parts}, file)
+                _save({"format": FORMAT, "key": key, "progress": asdict(progress), **parts}, file)
 
     samples = Augmented(job.images, job.labels, settings.seed)
     steps = len(epoch_batches(len(job.labels), settings, 0))
@@ -394,7 +394,7 @@ def _fit_with_torchrun(job: Job, on_epoch: Callable[[EpochReport], None], stop: 
     paths = {"images": job.folder / IMAGES, "job": job.folder / JOB}
     tensors = {"images": job.images, "labels": job.labels, "val_images": job.val_images, "val_labels": job.val_labels}
     with atomic_write(paths["images"], mode=0o600) as file:
-        torch.save(tensors, file)
+        _save(tensors, file)
     write_json(paths["job"], {"base": str(job.base.path), "settings": asdict(job.settings)})
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.settings.processes}"]
     command = [sys.executable, *torchrun, "-m", "agent.train", str(paths["job"])]
@@ -511,6 +511,16 @@ def _logits(
 def _write_weights(path: Path, base: BaseModel, network: nn.Module) -> None:
     tensors = export_tensors(network)
     write_tensors(path, base.layout, (tensors[spec.name] for spec in base.layout.tensors), mode=0o600)
+
+
+def _save(content: object, file: BinaryIO) -> None:
+    """torch.save, but an error of the operating system stays what it is: torch makes a RuntimeError of it."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _load_checkpoint(folder: Path, key: str, device: torch.device) -> dict[str, Any] | None:

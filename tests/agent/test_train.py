@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from agent.train import (
     train,
 )
 from datavector.data.images import ImageSet
-from datavector.errors import Interrupted, NoImages, NotFinite, UsageError
+from datavector.errors import DiskFull, Interrupted, NoImages, NotFinite, UsageError
 from datavector.metrics import accuracy
 from datavector.networks import build, create_base, load_file
 
@@ -185,6 +186,23 @@ def test_a_class_without_images_gives_finite_weights(base, train_set, val_set, t
 def test_a_training_that_diverges_says_so(base, train_set, val_set, tmp_path):
     with pytest.raises(NotFinite, match="diverged"):
         train(base, train_set, val_set, TrainSettings(learning_rate=1e30, device="cpu"), tmp_path)
+
+
+def test_a_disk_that_the_checkpoint_fills_is_said_to_be_full(base, train_set, val_set, tmp_path, small_disk):
+    small_disk(tmp_path / "disk", 2 * base.layout.size >> 20)  # a checkpoint has three times the weights
+    with pytest.raises(DiskFull, match=r"on the disk of .*checkpoint\.pt"):
+        train(base, train_set, val_set, SETTINGS, tmp_path / "disk")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == [training.BEST]
+
+
+def test_a_disk_that_the_images_for_several_processes_fill_is_said_to_be_full(
+    base, train_set, val_set, tmp_path, small_disk
+):
+    small_disk(tmp_path / "disk", 1)
+    (tmp_path / "disk" / "other").write_bytes(bytes((1 << 20) - train_set.images.nbytes // 2))
+    with pytest.raises(DiskFull, match="on the disk of"):
+        train(base, train_set, val_set, replace(SETTINGS, processes=2), tmp_path / "disk")
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["other"]
 
 
 def test_one_image_is_too_few(base, train_set, val_set, tmp_path):
