@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -61,7 +62,7 @@ class TrainSettings:
         label_adjust: strength of the logit adjustment by the class frequencies (arXiv 2007.07314); 0 is plain
             cross-entropy.
         workers: processes that prepare images, per training process; they change no result. 0 takes none on a CPU,
-            where training itself is the slow part, and up to WORKERS beside a GPU.
+            where training itself is the slow part, and up to WORKERS beside a GPU. None where a system cannot fork.
         device: "auto" takes a GPU where there is one.
         processes: 0 takes one for each GPU.
     """
@@ -233,14 +234,15 @@ def fit(
                 _save({"format": FORMAT, "key": key, "progress": asdict(progress), **parts}, file)
 
     samples = Augmented(job.images, job.labels, settings.seed)
-    steps = len(epoch_batches(len(job.labels), settings, 0))
+    steps, workers = len(epoch_batches(len(job.labels), settings, 0)), _workers(settings, device)
     while progress.epoch < settings.epochs:
         epoch, started, first = progress.epoch, time.monotonic(), progress.step
         batches = epoch_batches(len(job.labels), settings, epoch)[first:]
         loader = DataLoader(
             samples.at(epoch),
             batch_sampler=[batch[rank::world] for batch in batches],
-            num_workers=_workers(settings, device),
+            num_workers=workers,
+            multiprocessing_context="fork" if workers else None,  # images that are mapped into memory cannot be sent
             pin_memory=device.type == "cuda",
         )
         total_loss = torch.tensor(progress.loss, dtype=torch.float64, device=device)
@@ -454,6 +456,8 @@ def _stop_at_end_of_input(stop: threading.Event) -> None:
 
 
 def _workers(settings: TrainSettings, device: torch.device) -> int:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return 0
     if settings.workers or device.type == "cpu":
         return settings.workers
     return min(WORKERS, (os.cpu_count() or 1) // settings.processes)

@@ -1,3 +1,4 @@
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -51,6 +52,20 @@ def test_another_seed_gives_other_weights(base, train_set, val_set, tmp_path, ex
 def test_processes_that_prepare_images_change_nothing(base, train_set, val_set, tmp_path, expected):
     settings = TrainSettings(epochs=3, batch_size=8, device="cpu", workers=2)
     assert train(base, train_set, val_set, settings, tmp_path).weights.read_bytes() == expected
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="this system cannot fork")
+def test_they_share_images_in_a_file_whatever_the_start_method(base, train_set, val_set, tmp_path, expected):
+    (tmp_path / "pixels").write_bytes(train_set.images.numpy().tobytes())
+    mapped = torch.from_file(str(tmp_path / "pixels"), size=train_set.images.numel(), dtype=torch.uint8)
+    cached = replace(train_set, images=mapped.reshape(train_set.images.shape))
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)  # Python 3.14's own
+    try:
+        done = train(base, cached, val_set, replace(SETTINGS, workers=1), tmp_path)
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert done.weights.read_bytes() == expected
 
 
 def test_colours_are_learned_by_a_pretrained_network(train_set, val_set, tmp_path):
