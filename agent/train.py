@@ -41,7 +41,7 @@ from datavector.networks import build, export_tensors, load_file, preprocess
 
 FORMAT = "datavector-training/1"
 CHECKPOINT, BEST, TUNED, RESULT = "checkpoint.pt", "best.safetensors", "tuned.safetensors", "result.json"
-JOB, IMAGES, REPORT = "job.json", "images.pt", "epoch "
+JOB, IMAGES, REPORT, PROGRESS = "job.json", "images.pt", "epoch ", "progress "
 WARM_UP = 0.1  # share of all steps
 WORKERS = 4
 # Images that a class without any is taken to have: so few that its output is left alone, but its logarithm is finite.
@@ -149,14 +149,12 @@ def train(
     processes = min(processes, len(train_set) // 2)
     settings = replace(settings, processes=processes)
     job = Job(base, train_set.images, train_set.labels, val_set.images, val_set.labels, settings, folder)
-    if (result := _finished(job)) is not None:
+    key = job.key()
+    if (result := _finished(folder, key)) is not None:
         return result
     stop = stop or threading.Event()
-    if processes > 1:
-        _fit_with_torchrun(job, on_epoch, stop)
-    else:
-        fit(job, device, on_epoch, stop)
-    return _finish(job, train_set, val_set, device)
+    fitted = _fit_with_torchrun(job, key, on_epoch, stop) if processes > 1 else fit(job, key, device, on_epoch, stop)
+    return _finish(job, key, fitted, train_set, val_set, device)
 
 
 @dataclass(frozen=True)
@@ -172,7 +170,10 @@ class Job:
     folder: Path
 
     def key(self) -> str:
-        """A digest of everything that changes the result: a checkpoint of another job is not gone on with."""
+        """A digest of everything that changes the result: a checkpoint of another job is not gone on with.
+
+        It reads all images, so a run asks for it once.
+        """
         digest = hashlib.sha256()
         relevant = {k: v for k, v in asdict(self.settings).items() if k not in ("workers", "device")}
         digest.update(canonical_json([FORMAT, self.base.digest, relevant, self.images.shape, self.val_images.shape]))
@@ -199,14 +200,15 @@ class Progress:
 
 def fit(
     job: Job,
+    key: str,
     device: torch.device,
     on_epoch: Callable[[EpochReport], None],
     stop: threading.Event,
     rank: int = 0,
     world: int = 1,
-) -> None:
-    """Trains until the last epoch; leaves the best weights in BEST and the whole state in CHECKPOINT."""
-    settings, key = job.settings, job.key()
+) -> Progress:
+    """Trains until the last epoch; leaves the best weights in BEST and the whole state in CHECKPOINT, under `key`."""
+    settings = job.settings
     _prepare(device)
     model = build(job.base).to(device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster, on CPUs too
@@ -221,7 +223,7 @@ def fit(
     log_prior = class_log_prior(job.labels, len(job.base.classes)).to(device)
 
     progress = Progress()
-    if (saved := _load_checkpoint(job.folder, key, device)) is not None:
+    if (saved := _load_checkpoint(job.folder, key)) is not None:
         plain.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
@@ -292,6 +294,7 @@ def fit(
         save()
         if rank == 0:
             on_epoch(report)
+    return progress
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -391,13 +394,14 @@ def _prepare(device: torch.device) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def _fit_with_torchrun(job: Job, on_epoch: Callable[[EpochReport], None], stop: threading.Event) -> None:
-    """Runs `fit` in one process per GPU; the first one writes, and prints its reports as lines of JSON."""
+def _fit_with_torchrun(job: Job, key: str, on_epoch: Callable[[EpochReport], None], stop: threading.Event) -> Progress:
+    """Runs `fit` in one process per GPU; the first one writes, and prints reports and progress as lines of JSON."""
+    progress: Progress | None = None
     paths = {"images": job.folder / IMAGES, "job": job.folder / JOB}
     tensors = {"images": job.images, "labels": job.labels, "val_images": job.val_images, "val_labels": job.val_labels}
     with atomic_write(paths["images"], mode=0o600) as file:
         _save(tensors, file)
-    write_json(paths["job"], {"base": str(job.base.path), "settings": asdict(job.settings)})
+    write_json(paths["job"], {"base": str(job.base.path), "settings": asdict(job.settings), "key": key})
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.settings.processes}"]
     command = [sys.executable, *torchrun, "-m", "agent.train", str(paths["job"])]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -405,17 +409,20 @@ def _fit_with_torchrun(job: Job, on_epoch: Callable[[EpochReport], None], stop: 
         for line in process.stdout or ():
             if line.startswith(REPORT):
                 on_epoch(EpochReport(**json.loads(line.removeprefix(REPORT))))
+            elif line.startswith(PROGRESS):
+                progress = Progress(**json.loads(line.removeprefix(PROGRESS)))
             else:
                 sys.stderr.write(line)
     for path in paths.values():
         path.unlink(missing_ok=True)
     if stop.is_set() and process.returncode != 0:
         raise Interrupted("training stopped", remedy="start it again to go on")
-    if process.returncode != 0:
+    if process.returncode != 0 or progress is None:
         raise TrainingFailed(
             f"a training process ended with exit code {process.returncode}",
             remedy="see its output above; start it again to go on from the last checkpoint",
         )
+    return progress
 
 
 def _pass_on(stop: threading.Event, process: subprocess.Popen[str]) -> None:
@@ -443,7 +450,12 @@ def main() -> None:
     threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        fit(job, device, lambda report: print(REPORT + json.dumps(asdict(report)), flush=True), stop, rank, world)
+        progress = fit(
+            job, content["key"], device, lambda report: print(REPORT + json.dumps(asdict(report)), flush=True),
+            stop, rank, world,
+        )  # fmt: skip
+        if rank == 0:
+            print(PROGRESS + json.dumps(asdict(progress)), flush=True)
     except DataVectorError as error:
         sys.exit(f"{error}" if rank == 0 else error.exit_code or 1)
     finally:
@@ -527,20 +539,18 @@ def _save(content: object, file: BinaryIO) -> None:
         raise
 
 
-def _load_checkpoint(folder: Path, key: str, device: torch.device) -> dict[str, Any] | None:
+def _load_checkpoint(folder: Path, key: str) -> dict[str, Any] | None:
     try:
-        saved: dict[str, Any] = torch.load(folder / CHECKPOINT, map_location=device, weights_only=True)
+        saved: dict[str, Any] = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
     except Exception:  # absent, or left by other software: training starts from its beginning
         return None
     return saved if saved.get("format") == FORMAT and saved.get("key") == key else None
 
 
-def _finish(job: Job, train_set: ImageSet, val_set: ImageSet, device: torch.device) -> TrainResult:
+def _finish(
+    job: Job, key: str, fitted: Progress, train_set: ImageSet, val_set: ImageSet, device: torch.device
+) -> TrainResult:
     """Restores exact BatchNorm statistics of the best epoch and writes the result; then the checkpoint can go."""
-    key = job.key()
-    saved = _load_checkpoint(job.folder, key, torch.device("cpu"))
-    if saved is None:
-        raise TrainingFailed(f"{job.folder / CHECKPOINT} is gone", remedy="train again")
     network = build(job.base).to(device)
     load_file(network, job.folder / BEST, job.base.layout)
     measured = recalibrate(
@@ -550,29 +560,29 @@ def _finish(job: Job, train_set: ImageSet, val_set: ImageSet, device: torch.devi
     confusion = evaluate(network, job.base, val_set, device=device)
     content = {
         "key": key,
-        "epoch": saved["progress"]["best"],
+        "epoch": fitted.best,
         "images": len(train_set),
         "batchnorm_images": measured.images,
         "validation": confusion.tolist(),
-        "history": saved["progress"]["history"],
+        "history": fitted.history,
     }
     write_json(job.folder / RESULT, content)
     for name in (CHECKPOINT, BEST):
         (job.folder / name).unlink(missing_ok=True)
-    return _result(job, content)
+    return _result(job.folder, content)
 
 
-def _finished(job: Job) -> TrainResult | None:
+def _finished(folder: Path, key: str) -> TrainResult | None:
     try:
-        content = json.loads((job.folder / RESULT).read_text())
-        return _result(job, content) if content["key"] == job.key() and (job.folder / TUNED).is_file() else None
+        content = json.loads((folder / RESULT).read_text())
+        return _result(folder, content) if content["key"] == key and (folder / TUNED).is_file() else None
     except (OSError, ValueError, KeyError):
         return None
 
 
-def _result(job: Job, content: Mapping[str, Any]) -> TrainResult:
+def _result(folder: Path, content: Mapping[str, Any]) -> TrainResult:
     return TrainResult(
-        weights=job.folder / TUNED,
+        weights=folder / TUNED,
         epoch=content["epoch"],
         images=content["images"],
         batchnorm_images=content["batchnorm_images"],

@@ -161,6 +161,13 @@ def test_what_training_leaves_is_its_owners_alone(base, train_set, val_set, tmp_
     assert done.weights.stat().st_mode & 0o777 == 0o600
 
 
+def test_the_images_are_hashed_once(base, train_set, val_set, tmp_path, monkeypatch):
+    asked, key = [], training.Job.key
+    monkeypatch.setattr(training.Job, "key", lambda job: asked.append(job) or key(job))
+    train(base, train_set, val_set, replace(SETTINGS, epochs=1), tmp_path)
+    assert len(asked) == 1
+
+
 def test_a_checkpoint_of_other_images_or_a_damaged_one_is_not_gone_on_with(
     base, train_set, val_set, tmp_path, expected
 ):
