@@ -556,6 +556,7 @@ def _finish(
     measured = recalibrate(
         network, job.base, train_set, own_alone, max_images=BATCHNORM_IMAGES, seed=job.settings.seed, device=device
     )
+    (job.folder / RESULT).unlink(missing_ok=True)  # an earlier training's, which must not vouch for these weights
     _write_weights(job.folder / TUNED, job.base, network)
     confusion = evaluate(network, job.base, val_set, device=device)
     content = {

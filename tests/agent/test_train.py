@@ -161,6 +161,22 @@ def test_what_training_leaves_is_its_owners_alone(base, train_set, val_set, tmp_
     assert done.weights.stat().st_mode & 0o777 == 0o600
 
 
+def test_a_kill_while_the_result_is_written_never_leaves_an_old_one_with_new_weights(
+    base, train_set, val_set, tmp_path, expected, monkeypatch
+):
+    train(base, train_set, val_set, SETTINGS, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write_json", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(base, train_set, val_set, replace(SETTINGS, seed=1), tmp_path)
+    assert (tmp_path / training.TUNED).read_bytes() != expected
+    assert train(base, train_set, val_set, SETTINGS, tmp_path).weights.read_bytes() == expected
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
 def test_the_images_are_hashed_once(base, train_set, val_set, tmp_path, monkeypatch):
     asked, key = [], training.Job.key
     monkeypatch.setattr(training.Job, "key", lambda job: asked.append(job) or key(job))
