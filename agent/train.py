@@ -540,11 +540,20 @@ def _save(content: object, file: BinaryIO) -> None:
 
 
 def _load_checkpoint(folder: Path, key: str) -> dict[str, Any] | None:
+    """The checkpoint of this very training, on the CPU; None where it is absent, damaged, or another training's."""
     try:
-        saved: dict[str, Any] = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
-    except Exception:  # absent, or left by other software: training starts from its beginning
+        with (folder / CHECKPOINT).open("rb") as file:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
         return None
-    return saved if saved.get("format") == FORMAT and saved.get("key") == key else None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # unpickling what is damaged, or left by other software, raises nearly anything
+        if "can't allocate memory" in str(error):  # torch has no class for it
+            raise
+        return None
+    fits = isinstance(saved, dict) and saved.get("format") == FORMAT and saved.get("key") == key
+    return saved if fits else None
 
 
 def _finish(

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,18 +185,42 @@ def test_the_images_are_hashed_once(base, train_set, val_set, tmp_path, monkeypa
     assert len(asked) == 1
 
 
-def test_a_checkpoint_of_other_images_or_a_damaged_one_is_not_gone_on_with(
-    base, train_set, val_set, tmp_path, expected
-):
+def test_a_checkpoint_of_other_images_is_not_gone_on_with(base, train_set, val_set, tmp_path, expected):
     stop = threading.Event()
     stop.set()
     fewer = ImageSet(train_set.images[:20], train_set.labels[:20], train_set.records[:20], ())
     with pytest.raises(Interrupted):
-        train(base, fewer, val_set, SETTINGS, tmp_path / "a", stop=stop)
-    assert train(base, train_set, val_set, SETTINGS, tmp_path / "a").weights.read_bytes() == expected
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / training.CHECKPOINT).write_bytes(b"half a checkpoint")
-    assert train(base, train_set, val_set, SETTINGS, tmp_path / "b").weights.read_bytes() == expected
+        train(base, fewer, val_set, SETTINGS, tmp_path, stop=stop)
+    assert train(base, train_set, val_set, SETTINGS, tmp_path).weights.read_bytes() == expected
+
+
+@pytest.mark.parametrize("damage", ["half", "cut", "empty", "foreign"])
+def test_a_damaged_checkpoint_is_not_gone_on_with(base, train_set, val_set, tmp_path, expected, damage):
+    torch.save([1, 2, 3], tmp_path / "foreign")
+    whole = (tmp_path / "foreign").read_bytes()
+    content = {"half": b"half a checkpoint", "cut": whole[:-100], "empty": b"", "foreign": whole}[damage]
+    (tmp_path / training.CHECKPOINT).write_bytes(content)
+    assert train(base, train_set, val_set, SETTINGS, tmp_path).weights.read_bytes() == expected
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="this system has no file that cannot be read")
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_damaged_one(base, train_set, val_set, tmp_path):
+    (tmp_path / training.CHECKPOINT).symlink_to("/proc/self/mem")  # reading its begin is an I/O error
+    with pytest.raises(OSError, match="Input/output error"):
+        train(base, train_set, val_set, SETTINGS, tmp_path)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_a_checkpoint_for_which_memory_lacks_is_not_taken_for_a_damaged_one(
+    base, train_set, val_set, tmp_path, monkeypatch, error
+):
+    def no_memory(*_, **__):
+        raise error
+
+    torch.save({}, tmp_path / training.CHECKPOINT)
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(type(error)):
+        train(base, train_set, val_set, SETTINGS, tmp_path)
 
 
 def test_without_validation_images_the_last_epoch_is_kept(base, train_set, tmp_path):
