@@ -149,7 +149,7 @@ def train(
     processes = min(processes, len(train_set) // 2)
     settings = replace(settings, processes=processes)
     job = Job(base, train_set.images, train_set.labels, val_set.images, val_set.labels, settings, folder)
-    key = job.key()
+    key = job.key(_precision(device))
     if (result := _finished(folder, key)) is not None:
         return result
     stop = stop or threading.Event()
@@ -169,14 +169,17 @@ class Job:
     settings: TrainSettings
     folder: Path
 
-    def key(self) -> str:
+    def key(self, precision: torch.dtype) -> str:
         """A digest of everything that changes the result: a checkpoint of another job is not gone on with.
 
         It reads all images, so a run asks for it once.
+
+        Args:
+            precision: what the device computes in; the state of float16's scaler is in a checkpoint.
         """
-        digest = hashlib.sha256()
         relevant = {k: v for k, v in asdict(self.settings).items() if k not in ("workers", "device")}
-        digest.update(canonical_json([FORMAT, self.base.digest, relevant, self.images.shape, self.val_images.shape]))
+        shapes = [self.images.shape, self.val_images.shape]
+        digest = hashlib.sha256(canonical_json([FORMAT, self.base.digest, relevant, str(precision), *shapes]))
         for tensor in (self.labels, self.val_labels, self.images, self.val_images):
             for part in torch.split(tensor, 256):
                 digest.update(np.ascontiguousarray(part.numpy()).data)
@@ -478,7 +481,8 @@ def _workers(settings: TrainSettings, device: torch.device) -> int:
 def _precision(device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    # GPUs before Ampere emulate bfloat16, slowly; their float16 is real.
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def interrupt(*_):
 
 def test_the_images_are_hashed_once(base, train_set, val_set, tmp_path, monkeypatch):
     asked, key = [], training.Job.key
-    monkeypatch.setattr(training.Job, "key", lambda job: asked.append(job) or key(job))
+    monkeypatch.setattr(training.Job, "key", lambda *arguments: asked.append(arguments) or key(*arguments))
     train(base, train_set, val_set, replace(SETTINGS, epochs=1), tmp_path)
     assert len(asked) == 1
 
@@ -192,6 +193,27 @@ def test_a_checkpoint_of_other_images_is_not_gone_on_with(base, train_set, val_s
     with pytest.raises(Interrupted):
         train(base, fewer, val_set, SETTINGS, tmp_path, stop=stop)
     assert train(base, train_set, val_set, SETTINGS, tmp_path).weights.read_bytes() == expected
+
+
+def test_a_checkpoint_of_another_precision_is_not_gone_on_with(
+    base, train_set, val_set, tmp_path, expected, monkeypatch
+):
+    stop = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_precision", lambda _: torch.bfloat16)
+        with pytest.raises(Interrupted):
+            train(base, train_set, val_set, SETTINGS, tmp_path, stop=stop, on_epoch=lambda _: stop.set())
+    assert train(base, train_set, val_set, SETTINGS, tmp_path).weights.read_bytes() == expected
+
+
+@pytest.mark.parametrize(("generation", "precision"), [(7, torch.float16), (8, torch.bfloat16)])
+def test_a_gpu_that_only_emulates_bfloat16_computes_in_float16(monkeypatch, generation, precision):
+    """There is no GPU here: this one is said to be a V100 or T4 (7), or an A100 (8), and tensors can be made on it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=generation))
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _: True)
+    assert training._precision(torch.device("cuda")) is precision
 
 
 @pytest.mark.parametrize("damage", ["half", "cut", "empty", "foreign"])
