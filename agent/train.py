@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -215,26 +215,23 @@ def fit(
     _prepare(device)
     model = build(job.base).to(device)
     model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster, on CPUs too
-    if world > 1:
-        if device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        model = nn.parallel.DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    plain = model.module if world > 1 else model
-    optimizer = torch.optim.AdamW(_parameter_groups(plain, settings.weight_decay), lr=settings.learning_rate)
+    if world > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    optimizer = torch.optim.AdamW(_parameter_groups(model, settings.weight_decay), lr=settings.learning_rate)
     precision = _precision(device)
     scaler = GradScaler(device.type, enabled=precision is torch.float16)
     log_prior = class_log_prior(job.labels, len(job.base.classes)).to(device)
 
     progress = Progress()
     if (saved := _load_checkpoint(job.folder, key)) is not None:
-        plain.load_state_dict(saved["network"])
+        model.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
 
     def save() -> None:
         if rank == 0:
-            parts = {"network": plain.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            parts = {"network": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
             with atomic_write(job.folder / CHECKPOINT, mode=0o600) as file:
                 _save({"format": FORMAT, "key": key, "progress": asdict(progress), **parts}, file)
 
@@ -269,14 +266,17 @@ def fit(
             loss = functional.cross_entropy(logits.float() + settings.label_adjust * log_prior, labels)
             optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            loss = loss.detach()
+            if world > 1:
+                average([loss, *(each.grad for each in model.parameters() if each.grad is not None)])
             scaler.step(optimizer)
             scaler.update()
-            total_loss += loss.detach()
+            total_loss += loss
             progress.step += 1
         if not total_loss.isfinite():
             raise NotFinite(f"training diverged in epoch {epoch + 1}", remedy="lower learning_rate and train again")
 
-        confusion, val_loss = _validate(plain, job, log_prior, device)
+        confusion, val_loss = _validate(model, job, log_prior, device)
         report = EpochReport(
             epoch=epoch + 1,
             epochs=settings.epochs,
@@ -292,7 +292,7 @@ def fit(
         if not clearly_worse(report.val_balanced_accuracy, progress.best_score, len(job.val_labels)):
             progress.best = epoch + 1
             if rank == 0:
-                _write_weights(job.folder / BEST, job.base, plain)
+                _write_weights(job.folder / BEST, job.base, model)
         progress.epoch, progress.step, progress.loss = epoch + 1, 0, 0.0
         save()
         if rank == 0:
@@ -333,6 +333,19 @@ def epoch_batches(images: int, settings: TrainSettings, epoch: int) -> list[list
     generator = torch.Generator().manual_seed(_mixed(settings.seed, "order", epoch))
     order = torch.randperm(images, generator=generator).tolist()
     return [order[begin : begin + size] for begin in range(0, images - size + 1, size)]
+
+
+def average(tensors: Sequence[torch.Tensor]) -> None:
+    """Replaces tensors by their means over all processes; an infinity in one of them reaches all.
+
+    One sum over all tensors in the order given. DistributedDataParallel sums in buckets, which it divides anew after
+    its first step: a training that goes on would round otherwise than one that was not stopped.
+    """
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for tensor, mean in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view(tensor.shape))
 
 
 class Augmented(Dataset[tuple[torch.Tensor, torch.Tensor]]):

@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import signal
 import subprocess
 import sys
@@ -23,7 +24,9 @@ from agent.train import (
 )
 from datavector.data.images import ImageSet
 from datavector.errors import DiskFull, Interrupted, NoImages, NotFinite, UsageError
+from datavector.layout import TensorFile
 from datavector.metrics import accuracy
+from datavector.model import is_statistic
 from datavector.networks import build, create_base, load_file
 
 CLASSES, SIZE = ("dark", "red", "bright"), 32
@@ -318,12 +321,52 @@ def test_the_learning_rate_rises_then_falls_to_nothing():
     assert min(rates) > 0
 
 
+# --- Several processes: three, as two numbers have only one sum
+
+
 @pytest.mark.slow
-def test_two_processes_train_together(base, train_set, val_set, tmp_path, monkeypatch):
+def test_three_processes_that_were_stopped_go_on_to_the_same_bits(base, train_set, val_set, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    settings = TrainSettings(epochs=2, batch_size=8, device="cpu", processes=2)
-    reports = []
-    done = train(base, train_set, val_set, settings, tmp_path, on_epoch=reports.append)
-    assert [report.epoch for report in reports] == [1, 2]
+    settings, reports, stop = replace(SETTINGS, epochs=5, batch_size=6, processes=3), [], threading.Event()
+    done = train(base, train_set, val_set, settings, tmp_path / "whole", on_epoch=reports.append)
+    assert [report.epoch for report in reports] == [1, 2, 3, 4, 5]
     assert done.history == tuple(reports)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [training.RESULT, training.TUNED]
+    assert sorted(path.name for path in done.weights.parent.iterdir()) == [training.RESULT, training.TUNED]
+    with pytest.raises(Interrupted):
+        train(base, train_set, val_set, settings, tmp_path / "parts", stop=stop, on_epoch=lambda _: stop.set())
+    resumed = train(base, train_set, val_set, settings, tmp_path / "parts")
+    assert resumed.weights.read_bytes() == done.weights.read_bytes()
+    assert [report.train_loss for report in resumed.history] == [report.train_loss for report in done.history]
+
+
+@pytest.fixture(scope="module")
+def together(base, train_set, tmp_path_factory):
+    """What `tests.agent.together` leaves, with three processes."""
+    folder = tmp_path_factory.mktemp("together")
+    torch.save((train_set.images, train_set.labels), folder / "set.pt")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [*torchrun, "-m", "tests.agent.together", str(base.path), str(folder)]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[2], env=environment)
+    return folder
+
+
+@pytest.mark.slow
+def test_every_process_gets_the_mean_over_all_and_whatever_is_not_finite(together):
+    for rank in range(3):
+        mean, not_finite = torch.load(together / f"averages-{rank}.pt", weights_only=True)
+        assert torch.equal(mean[0], torch.full((2, 3), 1.0))
+        assert torch.equal(mean[1], torch.arange(4.0).reshape(2, 2).T)
+        assert not_finite[0].isinf().all()
+        assert not_finite[1].isfinite().all()
+
+
+@pytest.mark.slow
+def test_every_processs_images_change_the_weights(base, together):
+    def trained(name):
+        with TensorFile(together / name / training.BEST, base.layout) as file:
+            return {spec.name: file.read(spec.name) for spec in base.layout.tensors if not is_statistic(spec.name)}
+
+    usual = trained("usual")
+    for rank in range(3):
+        assert any(not np.array_equal(usual[name], other) for name, other in trained(f"other-{rank}").items())
