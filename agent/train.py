@@ -2,7 +2,7 @@
 
 One loop, top to bottom. Everything random is drawn from (seed, epoch, step or image), never from what happened before,
 so a training that was stopped anywhere, and started again, ends with the same bits as one that was not.
-Several GPUs: the same file runs once per GPU under torchrun (`python -m agent.train JOB.json`).
+Several GPUs: the same file runs once per GPU under torchrun (`python -m agent.train JOB`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -32,8 +35,8 @@ from torchvision.transforms import v2
 
 from agent.recalibrate import own_alone, recalibrate
 from datavector.data.images import ImageSet
-from datavector.errors import DataVectorError, Interrupted, NoImages, NotFinite, TrainingFailed, UsageError
-from datavector.files import atomic_write, canonical_json, write_json
+from datavector.errors import DataVectorError, Interrupted, NoImages, NotFinite, TrainingFailed, UsageError, recreate
+from datavector.files import atomic_write, canonical_json, disk_full_at, write_json
 from datavector.layout import FloatArray, TensorFile, write_tensors
 from datavector.metrics import Confusion, accuracy, balanced_accuracy, confusion_matrix
 from datavector.model import BaseModel
@@ -41,7 +44,8 @@ from datavector.networks import build, export_tensors, load_file, preprocess
 
 FORMAT = "datavector-training/1"
 CHECKPOINT, BEST, TUNED, RESULT = "checkpoint.pt", "best.safetensors", "tuned.safetensors", "result.json"
-JOB, IMAGES, REPORT, PROGRESS = "job.json", "images.pt", "epoch ", "progress "
+# How lines begin by which the first of several processes tells how it goes: an epoch's report, then its end.
+EPOCH, DONE, FAILED = "training:epoch", "training:done", "training:failed"
 WARM_UP = 0.1  # share of all steps
 WORKERS = 4
 # Images that a class without any is taken to have: so few that its output is left alone, but its logarithm is finite.
@@ -229,11 +233,12 @@ def fit(
         scaler.load_state_dict(saved["scaler"])
         progress = Progress(**saved["progress"])
 
-    def save() -> None:
-        if rank == 0:
-            parts = {"network": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            with atomic_write(job.folder / CHECKPOINT, mode=0o600) as file:
-                _save({"format": FORMAT, "key": key, "progress": asdict(progress), **parts}, file)
+    def save(*, best: bool) -> None:
+        if best:
+            _write_weights(job.folder / BEST, job.base, model)
+        parts = {"network": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        with atomic_write(job.folder / CHECKPOINT, mode=0o600) as file:
+            _save({"format": FORMAT, "key": key, "progress": asdict(progress), **parts}, file)
 
     samples = Augmented(job.images, job.labels, settings.seed)
     steps, workers = len(epoch_batches(len(job.labels), settings, 0)), _workers(settings, device)
@@ -250,9 +255,9 @@ def fit(
         total_loss = torch.tensor(progress.loss, dtype=torch.float64, device=device)
         model.train()
         for images, labels in loader:
-            if _agreed(stop, device, world):
+            if _anywhere(stop.is_set(), device, world):
                 progress.loss = total_loss.item()
-                save()
+                _once(partial(save, best=False), device, rank, world)
                 raise Interrupted(
                     f"training stopped in epoch {epoch + 1} of {settings.epochs}", remedy="start it again to go on"
                 )
@@ -291,10 +296,8 @@ def fit(
         progress.best_score = max(progress.best_score, report.val_balanced_accuracy)  # NaN is never greater
         if not clearly_worse(report.val_balanced_accuracy, progress.best_score, len(job.val_labels)):
             progress.best = epoch + 1
-            if rank == 0:
-                _write_weights(job.folder / BEST, job.base, model)
         progress.epoch, progress.step, progress.loss = epoch + 1, 0, 0.0
-        save()
+        _once(partial(save, best=progress.best == progress.epoch), device, rank, world)
         if rank == 0:
             on_epoch(report)
     return progress
@@ -411,34 +414,52 @@ def _prepare(device: torch.device) -> None:
 
 
 def _fit_with_torchrun(job: Job, key: str, on_epoch: Callable[[EpochReport], None], stop: threading.Event) -> Progress:
-    """Runs `fit` in one process per GPU; the first one writes, and prints reports and progress as lines of JSON."""
-    progress: Progress | None = None
-    paths = {"images": job.folder / IMAGES, "job": job.folder / JOB}
-    tensors = {"images": job.images, "labels": job.labels, "val_images": job.val_images, "val_labels": job.val_labels}
-    with atomic_write(paths["images"], mode=0o600) as file:
-        _save(tensors, file)
-    write_json(paths["job"], {"base": str(job.base.path), "settings": asdict(job.settings), "key": key})
+    """Runs `fit` in one process per GPU; the first one writes, and tells by lines of JSON how it goes."""
+    outcome: Progress | DataVectorError | None = None
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.settings.processes}"]
-    command = [sys.executable, *torchrun, "-m", "agent.train", str(paths["job"])]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        threading.Thread(target=_pass_on, args=(stop, process), daemon=True).start()
-        for line in process.stdout or ():
-            if line.startswith(REPORT):
-                on_epoch(EpochReport(**json.loads(line.removeprefix(REPORT))))
-            elif line.startswith(PROGRESS):
-                progress = Progress(**json.loads(line.removeprefix(PROGRESS)))
-            else:
-                sys.stderr.write(line)
-    for path in paths.values():
-        path.unlink(missing_ok=True)
-    if stop.is_set() and process.returncode != 0:
+    with _shared_images(job) as images:
+        paths = {"base": str(job.base.path), "folder": str(job.folder), "images": str(images)}
+        text = json.dumps({**paths, "settings": asdict(job.settings), "key": key})
+        with subprocess.Popen(
+            [sys.executable, *torchrun, "-m", "agent.train", text],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # a terminal's SIGINT is for the agent, which ends them in order
+        ) as process:
+            threading.Thread(target=_pass_on, args=(stop, process), daemon=True).start()
+            for line in process.stdout or ():
+                kind, _, content = line.partition(" ")
+                if kind == EPOCH:
+                    on_epoch(EpochReport(**json.loads(content)))
+                elif kind == DONE:
+                    outcome = Progress(**json.loads(content))
+                elif kind == FAILED:
+                    outcome = recreate(**json.loads(content))
+                else:
+                    sys.stderr.write(line)
+    if isinstance(outcome, Progress):
+        return outcome
+    if outcome is not None:
+        raise outcome
+    if stop.is_set():
         raise Interrupted("training stopped", remedy="start it again to go on")
-    if process.returncode != 0 or progress is None:
-        raise TrainingFailed(
-            f"a training process ended with exit code {process.returncode}",
-            remedy="see its output above; start it again to go on from the last checkpoint",
-        )
-    return progress
+    raise TrainingFailed(
+        f"a training process ended with exit code {process.returncode}",
+        remedy="see its output above; start it again to go on from the last checkpoint",
+    )
+
+
+@contextmanager
+def _shared_images(job: Job) -> Iterator[Path]:
+    """The images in a file for all processes. If this one is killed, `remove_leftovers` knows the file by its name."""
+    tensors = {"images": job.images, "labels": job.labels, "val_images": job.val_images, "val_labels": job.val_labels}
+    with disk_full_at(job.folder):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=job.folder, prefix=".images.") as file:
+            _save(tensors, file)
+            file.flush()
+            yield Path(file.name)
 
 
 def _pass_on(stop: threading.Event, process: subprocess.Popen[str]) -> None:
@@ -450,13 +471,34 @@ def _pass_on(stop: threading.Event, process: subprocess.Popen[str]) -> None:
 
 
 def main() -> None:
-    """One of several training processes, started by torchrun: `python -m agent.train JOB.json`."""
-    path = Path(sys.argv[1])
-    content = json.loads(path.read_text())
-    tensors = torch.load(path.parent / IMAGES, mmap=True, weights_only=True)
+    """One of several training processes, started by torchrun: `python -m agent.train JOB`, a text in JSON.
+
+    It ends with exit code 0 also where training was stopped or failed for a reason that has a name, which the first
+    process tells: for another code torchrun prints a traceback, and ends all others at once.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+    def tell(kind: str, content: Mapping[str, Any]) -> None:
+        if rank == 0:
+            print(kind, json.dumps(content), flush=True)
+
+    try:
+        progress = _fit_as_one_of_several(json.loads(sys.argv[1]), lambda it: tell(EPOCH, asdict(it)), rank, world)
+        tell(DONE, asdict(progress))
+    except DataVectorError as error:
+        tell(FAILED, {"name": type(error).__name__, "message": error.message, "remedy": error.remedy})
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def _fit_as_one_of_several(
+    content: Mapping[str, Any], on_epoch: Callable[[EpochReport], None], rank: int, world: int
+) -> Progress:
     base, settings = BaseModel.load(Path(content["base"])), TrainSettings(**content["settings"])
-    job = Job(base=base, settings=settings, folder=path.parent, **tensors)
-    device, rank, world = choose_device(settings.device), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    tensors = torch.load(content["images"], mmap=True, weights_only=True)
+    job = Job(base=base, settings=settings, folder=Path(content["folder"]), **tensors)
+    device = choose_device(settings.device)
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -465,17 +507,7 @@ def main() -> None:
     # Standard input ends when the agent wants an end, and also when the agent itself is gone.
     threading.Thread(target=_stop_at_end_of_input, args=(stop,), daemon=True).start()
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        progress = fit(
-            job, content["key"], device, lambda report: print(REPORT + json.dumps(asdict(report)), flush=True),
-            stop, rank, world,
-        )  # fmt: skip
-        if rank == 0:
-            print(PROGRESS + json.dumps(asdict(progress)), flush=True)
-    except DataVectorError as error:
-        sys.exit(f"{error}" if rank == 0 else error.exit_code or 1)
-    finally:
-        distributed.destroy_process_group()
+    return fit(job, content["key"], device, on_epoch, stop, rank, world)
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:
@@ -511,13 +543,25 @@ def _mixed(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def _agreed(stop: threading.Event, device: torch.device, world: int) -> bool:
-    """Whether any process was told to stop; all must leave the loop at the same step."""
+def _anywhere(it: bool, device: torch.device, world: int) -> bool:
+    """Whether something is so in any process; all have to ask at the same point."""
     if world == 1:
-        return stop.is_set()
-    told = torch.tensor(float(stop.is_set()), device=device)
+        return it
+    told = torch.tensor(float(it), device=device)
     distributed.all_reduce(told)
     return bool(told.item())
+
+
+def _once(write: Callable[[], None], device: torch.device, rank: int, world: int) -> None:
+    """Lets the first process write. If it cannot, all raise: none may wait for one that has left."""
+    failure: DataVectorError | None = None
+    if rank == 0:
+        try:
+            write()
+        except DataVectorError as error:
+            failure = error
+    if _anywhere(failure is not None, device, world):
+        raise failure or TrainingFailed("the first training process could not write", remedy="see what it says")
 
 
 def _validate(network: nn.Module, job: Job, log_prior: torch.Tensor, device: torch.device) -> tuple[Confusion, float]:
@@ -546,7 +590,7 @@ def _write_weights(path: Path, base: BaseModel, network: nn.Module) -> None:
     write_tensors(path, base.layout, (tensors[spec.name] for spec in base.layout.tensors), mode=0o600)
 
 
-def _save(content: object, file: BinaryIO) -> None:
+def _save(content: object, file: IO[bytes]) -> None:
     """torch.save, but an error of the operating system stays what it is: torch makes a RuntimeError of it."""
     try:
         torch.save(content, file)

@@ -200,3 +200,11 @@ class MergeError(DataVectorError):
 
 class Interrupted(DataVectorError):
     """Stopped by a signal before its end; the next start goes on from there."""
+
+
+def recreate(name: str, message: str, remedy: str) -> DataVectorError:
+    """An error that another process told of, by the name of its class; that class's own arguments are not needed."""
+    kind: type[DataVectorError] = globals()[name]
+    error = kind.__new__(kind)
+    DataVectorError.__init__(error, message, remedy=remedy)
+    return error

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +24,7 @@ from agent.train import (
     train,
 )
 from datavector.data.images import ImageSet
-from datavector.errors import DiskFull, Interrupted, NoImages, NotFinite, UsageError
+from datavector.errors import DiskFull, Interrupted, NoImages, NotFinite, TrainingFailed, UsageError
 from datavector.layout import TensorFile
 from datavector.metrics import accuracy
 from datavector.model import is_statistic
@@ -324,8 +325,16 @@ def test_the_learning_rate_rises_then_falls_to_nothing():
 # --- Several processes: three, as two numbers have only one sum
 
 
+@pytest.fixture
+def several(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return replace(SETTINGS, processes=2)
+
+
 @pytest.mark.slow
-def test_three_processes_that_were_stopped_go_on_to_the_same_bits(base, train_set, val_set, tmp_path, monkeypatch):
+def test_three_processes_that_were_stopped_go_on_to_the_same_bits(
+    base, train_set, val_set, tmp_path, monkeypatch, capfd
+):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     settings, reports, stop = replace(SETTINGS, epochs=5, batch_size=6, processes=3), [], threading.Event()
     done = train(base, train_set, val_set, settings, tmp_path / "whole", on_epoch=reports.append)
@@ -334,9 +343,44 @@ def test_three_processes_that_were_stopped_go_on_to_the_same_bits(base, train_se
     assert sorted(path.name for path in done.weights.parent.iterdir()) == [training.RESULT, training.TUNED]
     with pytest.raises(Interrupted):
         train(base, train_set, val_set, settings, tmp_path / "parts", stop=stop, on_epoch=lambda _: stop.set())
+    assert "Traceback" not in capfd.readouterr().err
+    assert sorted(path.name for path in (tmp_path / "parts").iterdir()) == [training.BEST, training.CHECKPOINT]
     resumed = train(base, train_set, val_set, settings, tmp_path / "parts")
     assert resumed.weights.read_bytes() == done.weights.read_bytes()
     assert [report.train_loss for report in resumed.history] == [report.train_loss for report in done.history]
+
+
+@pytest.mark.slow
+def test_several_processes_that_diverge_say_so(base, train_set, val_set, tmp_path, several, capfd):
+    with pytest.raises(NotFinite, match="diverged in epoch 1; lower learning_rate"):
+        train(base, train_set, val_set, replace(several, learning_rate=1e30), tmp_path)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_disk_that_the_first_of_several_processes_fills_is_said_to_be_full_and_nobody_waits_for_it(
+    base, train_set, val_set, tmp_path, several, small_disk, capfd
+):
+    small_disk(tmp_path / "disk", 2 * base.layout.size >> 20)
+    with pytest.raises(DiskFull, match=r"on the disk of .*checkpoint\.pt"):
+        train(base, train_set, val_set, several, tmp_path / "disk")
+    assert "Traceback" not in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == [training.BEST]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
+def test_one_of_several_processes_that_is_killed_ends_the_others(base, train_set, val_set, tmp_path, several):
+    def kill_the_second(_):
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                ours = str(tmp_path).encode() in (process / "cmdline").read_bytes()
+                if ours and b"\0RANK=1\0" in (process / "environ").read_bytes():
+                    os.kill(int(process.name), signal.SIGKILL)
+
+    with pytest.raises(TrainingFailed, match=r"ended with exit code 1; .* go on from the last checkpoint"):
+        train(base, train_set, val_set, replace(several, epochs=50), tmp_path, on_epoch=kill_the_second)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [training.BEST, training.CHECKPOINT]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from datavector import errors
-from datavector.errors import ConfigError, DataVectorError, DiskFull, Refused, UsageError, WrongHospital
+from datavector.errors import ConfigError, DataVectorError, DiskFull, Refused, UsageError, WrongHospital, recreate
 
 STATUSES = {
     "ABORTED", "FAILED_PRECONDITION", "INTERNAL", "INVALID_ARGUMENT", "NOT_FOUND", "PERMISSION_DENIED",
@@ -56,6 +56,12 @@ def test_a_wrong_hospital_names_both():
 def test_a_full_disk_says_where():
     assert "/data" in DiskFull(Path("/data")).message
     assert "350 MiB" in DiskFull(Path("/data"), needed=350 << 20).message
+
+
+@pytest.mark.parametrize("kind", list(tree()), ids=lambda kind: kind.__name__)
+def test_an_error_that_another_process_told_of_is_the_same_again(kind):
+    again = recreate(kind.__name__, "the cat is out", "call it")
+    assert (type(again), again.message, again.remedy) == (kind, "the cat is out", "call it")
 
 
 def test_errors_need_nothing_but_the_standard_library():

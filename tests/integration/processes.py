@@ -256,6 +256,11 @@ def free_port() -> int:
 # --- Processes of this machine, from /proc ----------------------------------------------------------------------
 
 
+def running() -> Iterator[int]:
+    """All processes."""
+    return (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+
+
 def children(parent: int) -> Iterator[int]:
     """The processes that a process has started."""
     for path in Path("/proc").glob("[0-9]*/stat"):

@@ -22,7 +22,7 @@ from datavector.merge import merge_vectors
 from datavector.model import BaseModel
 from datavector.networks import create_base
 from tests.integration.conftest import CLASSES, HOSPITALS, VISIT
-from tests.integration.processes import Aggregator, Process, Site, command_line, free_port, until
+from tests.integration.processes import Aggregator, Process, Site, command_line, free_port, running, until
 from tests.serving import announce
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="jobs are found in /proc")
@@ -142,6 +142,30 @@ def test_an_agent_killed_in_training_stopped_and_alone_delivers_the_vector_of_an
     aggregator = site.aggregator(VISIT, name="fresh", port=int(address.rpartition(":")[2]))
     assert "delivered: north-" in agent.succeed()
     assert [vector.spec.artifact.digest for vector in aggregator.vectors()] == [f"sha256:{expected}"]
+
+
+def test_several_training_processes_leave_with_their_agent_and_no_image_stays_behind(site: Site):
+    state = site.folder / "several"
+    shutil.copytree(site.folder / "north" / "state" / "bases", state / "bases")
+    shutil.copy(site.folder / "north" / "state" / "policy.json", state)
+
+    def start() -> Process:
+        training = {"epochs": 50, "batch_size": 4, "processes": 2, "device": "cpu"}
+        return site.agent("north", f"127.0.0.1:{free_port()}", "--once", state=state, training=training)
+
+    agent = start()
+    agent.wait_for("epoch 1 of 50")
+    agent.kill()
+    until(lambda: not any(str(state) in " ".join(command_line(pid)) for pid in running()), "the end of its processes")
+    (left,) = (state / "training").glob(".images.*")
+    agent = start()
+    agent.wait_for("epoch ")
+    assert not left.exists()
+    os.killpg(agent.pid, signal.SIGINT)  # what Ctrl-C does
+    assert agent.wait() == 1
+    assert "training stopped in epoch" in agent.output
+    assert "Traceback" not in agent.output
+    assert sorted(path.name for path in (state / "training").iterdir()) == ["best.safetensors", "checkpoint.pt"]
 
 
 def kill_while_writing(aggregator: Aggregator, job: int) -> None:
