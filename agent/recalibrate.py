@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from datavector.data.images import ImageSet
-from datavector.errors import WrongLayout
+from datavector.errors import TryAgain, WrongLayout
 from datavector.merge.batchnorm import Moments
 from datavector.model import BaseModel
 from datavector.networks import batchnorm_modules, preprocess
@@ -29,7 +29,16 @@ Exchange = Callable[[str, Moments], Moments]
 
 CHUNK = 1 << 24  # values that are widened to float64 at once (128 MiB)
 LIVE_LAYERS = 4  # a layer's input, its output, a residual and the convolution's workspace are in memory together
-MEMORY_SHARE = 0.5  # of what is free
+MEMORY_SHARE = 0.5  # of what is free, for a visit or a meeting
+FEWEST = 16  # images that a visit or a meeting is worth: of fewer, a deep layer's statistics are mostly noise
+# Bytes for a hospital's own statistics, whatever is free: the same training must end in the same vector. A machine that
+# trains with the usual batches has this much (682 images for EfficientNet-Lite0 at 128 pixels).
+BUDGET = 4 << 30
+# Limit, use and statistics of the control group's memory, and its files that can be dropped: versions 2 and 1.
+CONTROL_GROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,14 +65,19 @@ def recalibrate(
     max_images: int,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    budget: int = BUDGET,
 ) -> Recalibration:
     """One pass over a hospital's images; the network keeps the exchanged statistics afterwards.
 
+    How many are used depends on the base model, `max_images` and `budget` alone, never on the memory that is free.
+
     Args:
-        max_images: most images used; memory may allow fewer. A choice is made at random, by `seed`.
+        max_images: most images used. A choice is made at random, by `seed`.
+        budget: bytes of memory for the pass.
     """
-    chosen = images_in_memory(network, base, image_set, max_images=max_images, seed=seed, device=device)
-    return measure(network, base, chosen, exchange, device=device)
+    room = budget // image_bytes(network.to(device), base, torch.device(device))
+    chosen = choose_images(len(image_set), min(max_images, room), seed)
+    return measure(network, base, image_set.images[chosen], exchange, device=device)
 
 
 def images_in_memory(
@@ -74,11 +88,24 @@ def images_in_memory(
     max_images: int,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    free: int | None = None,
 ) -> torch.Tensor:
-    """The images of a pass: uint8, shape (images, 3, size, size), as many as memory allows now."""
+    """The images of a visit or a meeting: uint8, shape (images, 3, size, size), as many as memory allows now.
+
+    Args:
+        free: bytes of memory that are free; what `free_memory` finds where absent.
+    Raises:
+        TryAgain: there is room for fewer than FEWEST, and for fewer than are there.
+    """
     device = torch.device(device)
-    limit = min(max_images, affordable_images(network.to(device), base, device))
-    return image_set.images[choose_images(len(image_set), limit, seed)]
+    needed = image_bytes(network.to(device), base, device)
+    room = int(MEMORY_SHARE * (free_memory(device) if free is None else free)) // needed
+    if room < min(FEWEST, max_images, len(image_set)):
+        raise TryAgain(
+            f"memory has room for {room} images only",
+            remedy="free some, or give the agent more; it tries again when it next asks for tasks",
+        )
+    return image_set.images[choose_images(len(image_set), min(max_images, room), seed)]
 
 
 def measure(
@@ -151,7 +178,7 @@ def input_moments(values: torch.Tensor) -> Moments:
 
 
 def choose_images(available: int, limit: int, seed: int) -> torch.Tensor:
-    """Indices of the images to use, ascending: all, or `limit` of them chosen by `seed`."""
+    """Indices of the images to use, ascending: all, or `limit` of them (at least one) chosen by `seed`."""
     if limit >= available:
         return torch.arange(available)
     order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
@@ -159,8 +186,8 @@ def choose_images(available: int, limit: int, seed: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def affordable_images(network: nn.Module, base: BaseModel, device: torch.device) -> int:
-    """How many images fit into memory at once, judged by the largest BatchNorm input of one of them."""
+def image_bytes(network: nn.Module, base: BaseModel, device: torch.device) -> int:
+    """Bytes of memory that a pass takes for each image, judged by the largest BatchNorm input of one."""
     largest = 3 * base.input.size**2
 
     def note(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -171,16 +198,28 @@ def affordable_images(network: nn.Module, base: BaseModel, device: torch.device)
         for layer in batchnorm_modules(network).values():
             hooks.callback(layer.register_forward_pre_hook(note).remove)
         network.eval()(torch.zeros((1, 3, base.input.size, base.input.size), device=device))
-    return max(1, int(MEMORY_SHARE * free_memory(device)) // (LIVE_LAYERS * largest * 4))
+    return LIVE_LAYERS * largest * 4
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device: a GPU's, or the machine's within the limit of its control group."""
+def free_memory(
+    device: torch.device, *, machine: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup")
+) -> int:
+    """Bytes that are free on a device: a GPU's, or the machine's within the limit of its control group.
+
+    What torch keeps for its next tensors is free, and so are files that the system merely keeps in memory.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    free = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 4 << 30)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        free = min(free, int(text) - int(used.read_text()))
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    free = _number(machine, "MemAvailable:") * 1024 if machine.exists() else 4 << 30
+    for limit, used, statistics, droppable in CONTROL_GROUPS:
+        if (groups / limit).exists() and (text := (groups / limit).read_text().strip()).isdigit():  # else "max"
+            in_use = int((groups / used).read_text()) - _number(groups / statistics, droppable)
+            free = min(free, int(text) - in_use)
     return max(free, 0)
+
+
+def _number(file: Path, name: str) -> int:
+    """The number after `name` at the begin of a line; 0 where no line begins so."""
+    lines = (line.split() for line in file.read_text().splitlines())
+    return next((int(words[1]) for words in lines if words[:1] == [name]), 0)

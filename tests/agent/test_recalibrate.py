@@ -4,17 +4,22 @@ import numpy as np
 import pytest
 import torch
 
+from agent import recalibrate as recalibration
 from agent.recalibrate import (
-    affordable_images,
     choose_images,
     forward_with_moments,
+    free_memory,
+    image_bytes,
+    images_in_memory,
     input_moments,
     own_alone,
     recalibrate,
 )
-from datavector.errors import WrongLayout
+from datavector.errors import TryAgain, WrongLayout
 from datavector.merge.batchnorm import Moments, pool
 from datavector.networks import batchnorm_modules, build, export_tensors, preprocess
+
+CPU = torch.device("cpu")
 
 
 def train_mode_pass(base, images):
@@ -107,6 +112,86 @@ def test_a_limit_uses_that_many_images_and_always_the_same(base, train_set):
     assert choose_images(50, 9, 0).tolist() != choose_images(50, 9, 1).tolist()
 
 
-def test_memory_bounds_the_number_of_images(base):
+# --- How many images
+
+
+def test_a_hospitals_own_statistics_never_depend_on_the_memory_that_is_free(base, train_set, monkeypatch):
+    monkeypatch.setattr(recalibration, "free_memory", lambda _: 0)
+    assert recalibrate(build(base), base, train_set, own_alone, max_images=1024).images == len(train_set)
+
+
+def test_a_hospitals_own_statistics_stay_within_their_budget(base, train_set):
+    needed = image_bytes(build(base), base, CPU)
+    found = recalibrate(build(base), base, train_set, own_alone, max_images=1024, budget=9 * needed)
+    assert found.images == 9
+
+
+def test_an_image_takes_four_times_the_largest_batchnorm_input(base):
+    largest = []
     network = build(base)
-    assert affordable_images(network, base, torch.device("cpu")) >= 1
+    for layer in batchnorm_modules(network).values():
+        layer.register_forward_pre_hook(lambda _, arguments: largest.append(arguments[0][0].numel()))
+    with torch.no_grad():
+        network(torch.zeros(2, 3, 32, 32))
+    assert image_bytes(network, base, CPU) == 4 * 4 * max(largest)
+
+
+@pytest.mark.parametrize(("room", "used"), [(20, 20), (16, 16), (1000, 26)])
+def test_a_visit_takes_as_many_images_as_fit_into_half_of_what_is_free(base, train_set, room, used):
+    free = 2 * room * image_bytes(build(base), base, CPU)
+    assert len(images_in_memory(build(base), base, train_set, max_images=1024, free=free)) == used
+
+
+@pytest.mark.parametrize("room", [0, 1, 15])
+def test_a_visit_with_room_for_a_few_images_only_is_put_off(base, train_set, room):
+    free = 2 * room * image_bytes(build(base), base, CPU)
+    with pytest.raises(TryAgain, match=f"memory has room for {room} images only; free some"):
+        images_in_memory(build(base), base, train_set, max_images=1024, free=free)
+
+
+def test_a_visit_of_a_small_hospital_or_of_few_wanted_images_needs_room_for_these(base, sites, train_set):
+    free = 2 * 5 * image_bytes(build(base), base, CPU)
+    assert len(images_in_memory(build(base), base, sites[0], max_images=1024, free=free)) == 5
+    assert len(images_in_memory(build(base), base, train_set, max_images=5, free=free)) == 5
+
+
+GIB = 1 << 30
+STATISTICS = f"anon {GIB}\ninactive_file {3 * GIB}\nactive_file {2 * GIB}\ntotal_inactive_file {4 * GIB}\n"
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """Writes what a system says of its memory, then asks how much is free: `memory(files, available=GiB)`."""
+
+    def free(files, available=64):
+        (tmp_path / "meminfo").write_text(f"MemTotal: 999 kB\nMemAvailable: {available * GIB >> 10} kB\n")
+        for name, content in files.items():
+            (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "groups" / name).write_text(f"{content}\n")
+        return free_memory(CPU, machine=tmp_path / "meminfo", groups=tmp_path / "groups") / GIB
+
+    return free
+
+
+def test_a_control_group_limits_what_is_free_and_its_droppable_files_count_as_free(memory):
+    second = {"memory.max": 16 * GIB, "memory.current": 12 * GIB, "memory.stat": STATISTICS}
+    assert memory(second) == 16 - (12 - 3)
+    assert memory(second, available=5) == 5
+
+
+def test_a_control_group_of_the_first_version_does_so_too(memory):
+    names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat")
+    first = dict(zip((f"memory/{name}" for name in names), (16 * GIB, 12 * GIB, STATISTICS), strict=True))
+    assert memory(first) == 16 - (12 - 4)
+
+
+def test_without_a_limit_the_machine_decides(memory):
+    assert memory({}) == 64
+    assert memory({"memory.max": "max", "memory.current": 12 * GIB, "memory.stat": STATISTICS}) == 64
+
+
+def test_what_torch_keeps_of_a_gpu_for_its_next_tensors_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 10 * GIB)
+    assert free_memory(torch.device("cuda")) == 62 * GIB
