@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,8 @@ def measure(
 ) -> Recalibration:
     """One pass over just these images, uint8, shape (images, 3, size, size)."""
     inputs = preprocess(images.to(device), base.input)
-    moments, logits = forward_with_moments(network.to(device), inputs, exchange)
+    with full_precision(torch.device(device)):
+        moments, logits = forward_with_moments(network.to(device), inputs, exchange)
     return Recalibration(moments, logits.float().cpu(), len(images))
 
 
@@ -175,6 +176,17 @@ def input_moments(values: torch.Tensor) -> Moments:
     squares = [(chunk.double() - mean[:, None]).square().sum((0, 2)) for chunk in chunks]
     variance = torch.stack(squares).sum(0) / count
     return Moments(count, mean.cpu().numpy(), variance.cpu().numpy())
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Keeps a GPU's convolutions from rounding to TF32 (10 bits): a meeting equals one pass, wherever its parts run."""
+    if device.type != "cuda":
+        return nullcontext()
+    now = torch.backends.cudnn
+    flags: AbstractContextManager[None] = now.flags(
+        enabled=now.enabled, benchmark=now.benchmark, deterministic=now.deterministic, allow_tf32=False
+    )
+    return flags
 
 
 def choose_images(available: int, limit: int, seed: int) -> torch.Tensor:

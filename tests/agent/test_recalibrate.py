@@ -9,6 +9,7 @@ from agent.recalibrate import (
     choose_images,
     forward_with_moments,
     free_memory,
+    full_precision,
     image_bytes,
     images_in_memory,
     input_moments,
@@ -195,3 +196,12 @@ def test_what_torch_keeps_of_a_gpu_for_its_next_tensors_is_free(monkeypatch):
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 70 * GIB)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 10 * GIB)
     assert free_memory(torch.device("cuda")) == 62 * GIB
+
+
+def test_a_gpu_measures_in_full_precision_and_goes_on_as_before():
+    cudnn = torch.backends.cudnn
+    before = (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32)
+    with full_precision(torch.device("cuda")):
+        assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == (*before[:3], False)
+    with full_precision(CPU):
+        assert (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32) == before
