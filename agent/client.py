@@ -72,6 +72,7 @@ from datavector.wire.v1.exchange_pb2_grpc import ExchangeStub
 FIRST_DELAY, LONGEST_DELAY = 0.5, 2.5  # seconds between tries
 CALL_SECONDS = 60.0
 CONNECT_SECONDS = 5
+HANG_UPS = 3  # in a row, each right after the handshake, that are a refusal: fewer are chance, a server that stops
 
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
@@ -349,9 +350,11 @@ class Client:
         if not isinstance(translated, Unreachable):
             self._answered = True
             return translated
-        refusal = _handshake_refusal(details)
-        return refusal or Unreachable(
-            f"the aggregator at {self.address} is not reachable ({_reason(details)})",
+        return _handshake_refusal(details) or self._unreachable(_reason(details))
+
+    def _unreachable(self, reason: str) -> Unreachable:
+        return Unreachable(
+            f"the aggregator at {self.address} is not reachable ({reason})",
             remedy="check the address, the network, and whether the aggregator runs",
         )
 
@@ -372,7 +375,8 @@ class Client:
                 if self._answered:  # it worked in between: a new outage
                     since, delay = datetime.now(UTC).astimezone(), FIRST_DELAY
                 else:
-                    self._handshake()
+                    with suppress(Unreachable):
+                        self._handshake()  # raises what gRPC does not tell: that a certificate is refused
                 if self._patience is not None and time.monotonic() - began + delay > self._patience:
                     raise
                 pause = delay * random.uniform(0.75, 1)  # noqa: S311  many agents must not come back in step
@@ -392,7 +396,7 @@ class Client:
             CertificateError: it is anyone else's.
         """
         if not self._server:
-            names = self.patiently(lambda: _server_names(self._handshake(demand=True)))
+            names = self.patiently(self._handshake)
             expected = Identity(self.report.identity.trust_domain, None).uri
             if expected not in names:
                 raise _foreign_server(self.address, f"it names {', '.join(names) or 'nobody'}, not {expected}")
@@ -434,51 +438,51 @@ class Client:
             self._channel.close()
             self._channel = None
 
-    def _handshake(self, *, demand: bool = False) -> dict[str, Any]:
-        """Makes one TLS handshake apart from gRPC, which tells a refused certificate from an absent aggregator.
-
-        Args:
-            demand: whether it must succeed.
+    def _handshake(self) -> list[str]:
+        """Makes TLS handshakes apart from gRPC, which does not tell a refused certificate from an absent aggregator.
 
         Returns:
-            The aggregator's certificate, in the form of `ssl.SSLSocket.getpeercert`.
+            The URIs that the aggregator's certificate names.
 
         Raises:
             CertificateError: either side refuses the other's certificate.
-            Unreachable: nobody answers, and `demand` is set.
+            Unreachable: nobody answers.
         """
-        context = ssl.create_default_context(cafile=str(self.credentials.ca))
-        context.minimum_version = ssl.TLSVersion.TLSv1_3
-        context.load_cert_chain(self.credentials.certificate, self.credentials.key)
-        context.set_alpn_protocols(["h2"])
+        for hang_ups in range(HANG_UPS):
+            if hang_ups and self._stopping.wait(FIRST_DELAY):
+                raise Interrupted("stopped while waiting for the aggregator", remedy="start it again to go on")
+            names = self._names_shown()
+            if names is not None:
+                return names
+        raise _refused_client("closes the connection on seeing it")
+
+    def _names_shown(self) -> list[str] | None:
+        """What one handshake shows; None where the server hangs up right after it."""
         host, _, port = self.address.rpartition(":")
         host = host.strip("[]")
         try:
             with (
                 socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS) as plain,
-                context.wrap_socket(plain, server_hostname=host) as secure,
+                self._tls().wrap_socket(plain, server_hostname=host) as secure,
             ):
                 # In TLS 1.3 this side is done before the server has judged its certificate. A server that takes it
                 # sends HTTP/2 settings; one built on BoringSSL closes without an alert if it does not.
-                if secure.recv(1):
-                    return dict(secure.getpeercert() or {})
-                if demand:
-                    raise _refused_client("closes the connection on seeing it")
-                return self._handshake(demand=True)  # once could be chance
+                return _uris(secure.getpeercert() or {}) if secure.recv(1) else None
         except ssl.SSLCertVerificationError as error:
             raise _foreign_server(self.address, error.verify_message) from error
-        except ssl.SSLError as error:
-            if refusal := _handshake_refusal(error.reason or ""):
-                raise refusal from error
-            reason = error.reason or "TLS failed"
         except OSError as error:
-            reason = error.strerror or str(error)
-        if demand:
-            raise Unreachable(
-                f"the aggregator at {self.address} is not reachable ({reason})",
-                remedy="check the address, the network, and whether the aggregator runs",
-            )
-        return {}
+            tls_reason = error.reason if isinstance(error, ssl.SSLError) else None
+            if tls_reason and (refusal := _handshake_refusal(tls_reason)):
+                raise refusal from error
+            raise self._unreachable(tls_reason or error.strerror or str(error)) from error
+
+    def _tls(self) -> ssl.SSLContext:
+        """What gRPC demands, too."""
+        context = ssl.create_default_context(cafile=str(self.credentials.ca))
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(self.credentials.certificate, self.credentials.key)
+        context.set_alpn_protocols(["h2"])
+        return context
 
 
 class Meeting:
@@ -568,8 +572,8 @@ def _foreign_server(address: str, reason: str) -> CertificateError:
     )
 
 
-def _server_names(certificate: Mapping[str, Any]) -> list[str]:
-    """The URIs that a certificate names."""
+def _uris(certificate: Mapping[str, Any]) -> list[str]:
+    """The URIs that a certificate names, in the form of `ssl.SSLSocket.getpeercert`."""
     return [str(name) for kind, name in certificate.get("subjectAltName", ()) if kind == "URI"]
 
 

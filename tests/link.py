@@ -1,11 +1,13 @@
-"""A TCP proxy in this process that can be cut, refused, reset and stalled: a hospital's bad link."""
+"""A TCP proxy in this process that can be cut, refused, reset, stalled and hung up: a hospital's bad link."""
 
 from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
 import threading
+from pathlib import Path
 from typing import Literal
 
 Mode = Literal["open", "refuse", "reset", "freeze"]
@@ -29,6 +31,8 @@ class Link:
         self._frozen: set[socket.socket] = set()
         self._cut_at: int | None = None
         self._then: Mode = "open"
+        self._hang_ups = 0
+        self._tls: ssl.SSLContext | None = None
         self.sent = 0
         self.was_cut = threading.Event()
         self._listener = self._listen(0)
@@ -37,6 +41,15 @@ class Link:
     def cut_at(self, sent: int, *, then: Mode) -> None:
         """Cuts once `sent` bytes have been forwarded in all, and behaves as `then` from there on."""
         self._cut_at, self._then = sent, then
+
+    def hang_up(self, times: int, certificates: Path, *, then: Mode = "open") -> None:
+        """Ends the next connections right after a TLS handshake as the aggregator, then behaves as `then`."""
+        self._tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._tls.load_cert_chain(certificates / "aggregator.crt", certificates / "aggregator.key")
+        self._tls.load_verify_locations(certificates / "ca.crt")
+        self._tls.verify_mode = ssl.CERT_REQUIRED
+        self._tls.set_alpn_protocols(["h2"])
+        self._hang_ups, self._then = times, then
 
     def set(self, mode: Mode) -> None:
         """open: forwards. refuse: nobody listens. reset: accepts, then resets. All three cut what is connected.
@@ -76,6 +89,12 @@ class Link:
                 near, _ = listener.accept()
                 if self._mode == "reset":
                     _reset(near)
+                    continue
+                if self._tls and self._hang_ups:
+                    with contextlib.suppress(OSError), self._tls.wrap_socket(near, server_side=True):
+                        self._hang_ups -= 1
+                    if not self._hang_ups:
+                        self.set(self._then)
                     continue
                 try:
                     far = socket.create_connection(self._target)
