@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import ssl
+from pathlib import Path
+
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
 from datavector.errors import CertificateError, Unreachable
 
@@ -47,3 +54,41 @@ def test_an_aggregator_that_hangs_up_again_and_again_refuses_the_certificate(rec
 def test_an_absent_aggregator_has_no_identity(connect):
     with pytest.raises(Unreachable, match=r"localhost:1 is not reachable \(Connection refused\)"):
         connect("localhost:1").server_identity()
+
+
+def test_an_authority_that_only_a_strict_reading_refuses_is_taken_as_grpc_takes_it(
+    start_receiver, small_base, connect, authority, tmp_path, monkeypatch
+):
+    """Python reads strictly from 3.13 on; here every version does."""
+    usual = ssl.create_default_context
+
+    def strict(**options):
+        context = usual(**options)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        return context
+
+    monkeypatch.setattr(ssl, "create_default_context", strict)
+    shutil.copytree(authority, tmp_path / "old")
+    without_key_identifier(tmp_path / "old", "aggregator")
+    receiver = start_receiver(small_base, certificate=tmp_path / "old" / "aggregator.crt")
+    client = connect(receiver.address)
+    assert client.describe().hospital == "north"
+    assert client.server_identity() == IDENTITY
+
+
+def without_key_identifier(folder: Path, name: str) -> None:
+    """Issues a certificate again without the extension that names its authority's key, as old authorities do."""
+    leaf = x509.load_pem_x509_certificate((folder / f"{name}.crt").read_bytes())
+    builder = x509.CertificateBuilder(
+        leaf.issuer,
+        leaf.subject,
+        leaf.public_key(),
+        leaf.serial_number,
+        leaf.not_valid_before_utc,
+        leaf.not_valid_after_utc,
+    )
+    for extension in leaf.extensions:
+        if not isinstance(extension.value, x509.AuthorityKeyIdentifier):
+            builder = builder.add_extension(extension.value, extension.critical)
+    key = load_pem_private_key((folder / "ca.key").read_bytes(), None)
+    (folder / f"{name}.crt").write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
