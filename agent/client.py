@@ -10,7 +10,6 @@ import hashlib
 import os
 import random
 import re
-import socket
 import ssl
 import threading
 import time
@@ -26,6 +25,7 @@ from typing import Any, Self, TypeVar
 import grpc
 
 from agent.ledger import WITHDRAWAL, Ledger, Sending
+from agent.proxy import dial, split_address
 from datavector.errors import (
     CertificateError,
     DataVectorError,
@@ -109,6 +109,8 @@ class Client:
         ledger: where everything that leaves is recorded; without one, nothing can be sent.
         on_waiting: takes a sentence whenever the aggregator cannot be reached and a new try is due.
         patience_seconds: how long calls keep trying; None for ever, 0 for a single try.
+        proxy: the HTTP proxy through which the address is dialled, as `find_proxy` gives it; None for none, whatever
+            the environment says.
         keepalive_seconds: a silent link is asked for a sign of life after that, and given up after half as long again;
             an upload that does not move at all is given up after three times that.
 
@@ -126,6 +128,7 @@ class Client:
         ledger: Ledger | None = None,
         on_waiting: Callable[[str], None] | None = None,
         patience_seconds: float | None = None,
+        proxy: str | None = None,
         keepalive_seconds: float = 10,
     ) -> None:
         self.address = address
@@ -137,9 +140,11 @@ class Client:
         self.hospital = self.report.hospital
         self._on_waiting = on_waiting or (lambda _: None)
         self._patience = patience_seconds
+        self._proxy = proxy
         self._stall_seconds = 3 * keepalive_seconds
         self._options = [
             *_OPTIONS,
+            ("grpc.http_proxy", proxy) if proxy else ("grpc.enable_http_proxy", 0),
             ("grpc.keepalive_time_ms", int(keepalive_seconds * 1000)),
             ("grpc.keepalive_timeout_ms", int(keepalive_seconds * 500)),
         ]
@@ -458,11 +463,10 @@ class Client:
 
     def _names_shown(self) -> list[str] | None:
         """What one handshake shows; None where the server hangs up right after it."""
-        host, _, port = self.address.rpartition(":")
-        host = host.strip("[]")
+        host, _ = split_address(self.address)
         try:
             with (
-                socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS) as plain,
+                dial(self.address, self._proxy, timeout=CONNECT_SECONDS) as plain,
                 self._tls().wrap_socket(plain, server_hostname=host) as secure,
             ):
                 # In TLS 1.3 this side is done before the server has judged its certificate. A server that takes it

@@ -16,6 +16,7 @@ from types import FrameType
 from agent.client import Client, Credentials, inside
 from agent.ledger import REJOIN, WITHDRAWAL, Ledger, read_ledger
 from agent.metrics import Metrics
+from agent.proxy import find_proxy
 from agent.settings import AgentSettings
 from datavector.console import progress, say
 from datavector.errors import UsageError
@@ -80,7 +81,7 @@ def only_agent(state: Path) -> Iterator[None]:
 def connect(
     settings: AgentSettings, *, patience_seconds: float | None, on_waiting: Callable[[str], None] = say
 ) -> Client:
-    """A connection as the settings say; `patience_seconds` is None to keep trying for ever."""
+    """A connection as the settings and the environment's proxy say; `patience_seconds` is None to try for ever."""
     return Client(
         settings.aggregator,
         Credentials(settings.tls.certificate, settings.tls.key, settings.tls.ca),
@@ -88,6 +89,7 @@ def connect(
         ledger=Ledger(settings.state / LEDGER),
         on_waiting=on_waiting,
         patience_seconds=patience_seconds,
+        proxy=find_proxy(settings.aggregator),
     )
 
 
