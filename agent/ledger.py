@@ -108,7 +108,7 @@ class Ledger:
     def append(self, entry: Entry) -> None:
         """Writes one line and waits until it is on disk."""
         fresh = not self.path.exists()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with disk_full_at(self.path):
             descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
             try:

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import grpc
 
 from datavector import errors
-from datavector.errors import CertificateError, DataVectorError, Denied, Refused, TryAgain, Unreachable
+from datavector.errors import CertificateError, DataVectorError, Denied, Refused, TryAgain, Unreachable, recreate
 
 KIND, MESSAGE, REMEDY = "datavector-error", "datavector-message-bin", "datavector-remedy-bin"
 
@@ -51,9 +51,7 @@ def read_error(
     if kind is None:
         kind = _WITHOUT_TRAILERS.get(code, Refused)
         message, remedy = f"the call ended with {code.name}: {details}", "see the aggregator's log"
-    error = kind.__new__(kind)
-    DataVectorError.__init__(error, message, remedy=remedy)
-    return error
+    return recreate(kind.__name__, message, remedy)
 
 
 def _text(value: str | bytes) -> str:

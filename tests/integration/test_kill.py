@@ -69,7 +69,7 @@ def test_an_aggregator_and_its_jobs_are_killed_again_and_again_and_the_version_i
     kill = aggregator.process.kill
     north = Sender(large_site, "north", aggregator.address, vectors["north"], large_base, at_half_way=kill)
     until(lambda: aggregator.process.ended, "half an upload")
-    assert [path.stat().st_size for path in aggregator.store.root.glob("uploads/north/*.part")] > [1 << 20]
+    assert [path.stat().st_size for path in aggregator.store.root.glob("uploads/north/*/part")] > [1 << 20]
     aggregator = start_again()
     assert "north-" in north.delivered()
     assert sha256_file(aggregator.store.blob("north", sha256_file(vectors["north"]))) == sha256_file(vectors["north"])
