@@ -45,9 +45,9 @@ class Training(Section):
         processes: 0 takes one for each GPU.
     """
 
-    epochs: int = Field(default=8, ge=1)
+    epochs: int = Field(default=16, ge=1)
     batch_size: int = Field(default=16, ge=2)
-    learning_rate: float = Field(default=1e-3, gt=0, le=1e-3)
+    learning_rate: float = Field(default=5e-4, gt=0, le=1e-3)
     weight_decay: float = Field(default=0.01, ge=0)
     seed: int = Field(default=0, ge=0)
     workers: int = Field(default=0, ge=0)

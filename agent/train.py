@@ -71,9 +71,9 @@ class TrainSettings:
         processes: 0 takes one for each GPU.
     """
 
-    epochs: int = 8
+    epochs: int = 16
     batch_size: int = 16
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     weight_decay: float = 0.01
     label_adjust: float = 1.0
     seed: int = 0

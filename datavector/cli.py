@@ -349,7 +349,7 @@ def demo(
     split_column: Annotated[str, typer.Option(help="Column of the manifest that names the hospital.")] = "hospital",
     hospitals: Annotated[int, typer.Option(min=2, max=26, help="How many hospitals take part.")] = 4,
     images: Annotated[int, typer.Option(min=8, help="Most training images per hospital.")] = 120,
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs of each hospital.")] = 8,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each hospital; the agent's default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
     method: Annotated[str, typer.Option(help="Merge method of the policy.")] = "sum",
     with_controls: Annotated[
@@ -357,6 +357,7 @@ def demo(
     ] = False,
 ) -> None:
     """From images to one merged ONNX model: real processes, real certificates, on this machine alone."""
+    from agent.settings import Training
     from datavector.demo.story import DemoOptions, run_demo
 
     run_demo(
@@ -366,7 +367,7 @@ def demo(
             split_column=split_column,
             hospitals=hospitals,
             images=images,
-            epochs=epochs,
+            epochs=epochs or Training().epochs,
             seed=seed,
             method=method,
             with_controls=with_controls,

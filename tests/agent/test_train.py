@@ -76,7 +76,7 @@ def test_they_share_images_in_a_file_whatever_the_start_method(base, train_set, 
 
 def test_colours_are_learned_by_a_pretrained_network(train_set, val_set, tmp_path):
     base = create_base(tmp_path / "base", architecture="efficientnet_lite0", classes=CLASSES, size=SIZE)
-    settings = TrainSettings(epochs=6, batch_size=8, device="cpu")
+    settings = TrainSettings(epochs=6, batch_size=8, learning_rate=1e-3, device="cpu")
     reports = []
     done = train(base, train_set, val_set, settings, tmp_path / "run", on_epoch=reports.append)
     network = build(base)
