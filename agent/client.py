@@ -6,6 +6,7 @@ shown that it is the aggregator and the ledger has its line.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
@@ -469,6 +470,8 @@ class Client:
                 dial(self.address, self._proxy, timeout=CONNECT_SECONDS) as plain,
                 self._tls().wrap_socket(plain, server_hostname=host) as secure,
             ):
+                if secure.version() is None:  # it was gone before the handshake, which Python then leaves out
+                    raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
                 # In TLS 1.3 this side is done before the server has judged its certificate. A server that takes it
                 # sends HTTP/2 settings; one built on BoringSSL closes without an alert if it does not.
                 return _uris(secure.getpeercert() or {}) if secure.recv(1) else None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import socket
 import ssl
+import struct
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -92,3 +95,20 @@ def without_key_identifier(folder: Path, name: str) -> None:
             builder = builder.add_extension(extension.value, extension.critical)
     key = load_pem_private_key((folder / "ca.key").read_bytes(), None)
     (folder / f"{name}.crt").write_bytes(builder.sign(key, hashes.SHA256()).public_bytes(Encoding.PEM))
+
+
+def test_a_link_that_is_gone_before_the_handshake_refuses_nobody(connect, monkeypatch):
+    @contextmanager
+    def gone(*_args, **_more):
+        with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as near:
+            far, _ = server.accept()
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            far.close()
+            near.settimeout(5)
+            with suppress(OSError):
+                near.recv(1)  # returns once the reset has come
+            yield near
+
+    monkeypatch.setattr("agent.client.dial", gone)
+    with pytest.raises(Unreachable, match="reset by peer"):
+        connect("localhost:1").server_identity()
