@@ -14,7 +14,7 @@ from agent.settings import AgentSettings
 from datavector.checks import check_records
 from datavector.data.records import Record, assign_splits, read_records
 from datavector.errors import BaseModelError, DataVectorError, DiskFull, ProtocolError, UsageError, WrongHospital
-from datavector.files import fsync
+from datavector.files import claim_folder, fsync
 from datavector.model import FILES, BaseModel
 from datavector.wire.certs import check_certificate
 from datavector.wire.v1.exchange_pb2 import PolicyInfo
@@ -86,17 +86,22 @@ def device(settings: AgentSettings) -> str:
 
 
 def state(settings: AgentSettings) -> str:
-    """The state folder is there, can be written, and is closed to others where it belongs to this user."""
+    """The state folder is the agent's, can be written, and is closed to others where it belongs to this user.
+
+    Raises:
+        UsageError: it cannot be used, or holds other files.
+    """
     try:
         settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not os.access(settings.state, os.W_OK):
+            raise UsageError(f"{settings.state} is not writable", remedy="mount it writable for this user")
+        claim_folder(settings.state, "agent")
         if settings.state.stat().st_uid == os.geteuid():
             settings.state.chmod(0o700)  # patients' images lie there
     except OSError as error:
         raise UsageError(
             f"{settings.state} cannot be made ({error.strerror})", remedy="set state to a folder on a writable volume"
         ) from error
-    if not os.access(settings.state, os.W_OK):
-        raise UsageError(f"{settings.state} is not writable", remedy="mount it writable for this user")
     return str(settings.state)
 
 

@@ -98,7 +98,7 @@ class TaskServer:
 
     def _forget_all_but(self, versions: Collection[str]) -> None:
         """Removes weights, also half-fetched ones, of versions that no task names any more."""
-        for path in (self.settings.state / FOLDER).glob("*"):
+        for path in (self.settings.state / FOLDER).glob(f"*{SUFFIX}*"):
             if path.name.removeprefix(".").partition(SUFFIX)[0] not in versions:
                 path.unlink()
 

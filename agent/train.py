@@ -36,7 +36,7 @@ from torchvision.transforms import v2
 from agent.recalibrate import own_alone, recalibrate
 from datavector.data.images import ImageSet
 from datavector.errors import DataVectorError, Interrupted, NoImages, NotFinite, TrainingFailed, UsageError, recreate
-from datavector.files import atomic_write, canonical_json, disk_full_at, write_json
+from datavector.files import TEMPORARY, atomic_write, canonical_json, disk_full_at, write_json
 from datavector.layout import FloatArray, TensorFile, write_tensors
 from datavector.metrics import Confusion, accuracy, balanced_accuracy, confusion_matrix
 from datavector.model import BaseModel
@@ -456,7 +456,7 @@ def _shared_images(job: Job) -> Iterator[Path]:
     tensors = {"images": job.images, "labels": job.labels, "val_images": job.val_images, "val_labels": job.val_labels}
     with disk_full_at(job.folder):
         job.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=job.folder, prefix=".images.") as file:
+        with tempfile.NamedTemporaryFile(dir=job.folder, prefix=".images.", suffix=TEMPORARY) as file:
             _save(tensors, file)
             file.flush()
             yield Path(file.name)

@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from datavector.errors import DiskFull
+from datavector.errors import DiskFull, UsageError
 
 BLOCK = 1 << 20
 
-_LEFTOVER = re.compile(r"\..+\.[a-z0-9_]{8}")  # how mkstemp ends the names that atomic_write begins
+TEMPORARY = ".tmp"
+_LEFTOVER = re.compile(rf"\..+\.[a-z0-9_]{{8}}{re.escape(TEMPORARY)}")  # of mkstemp and atomic_write
+_NEUTRAL = {"lost+found"}  # what a fresh volume may hold
 
 
 @contextmanager
@@ -31,7 +33,7 @@ def atomic_write(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
     """
     with disk_full_at(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=TEMPORARY)
     try:
         with disk_full_at(path), os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)
@@ -43,6 +45,26 @@ def atomic_write(path: Path, *, mode: int = 0o644) -> Iterator[BinaryIO]:
         Path(temporary).unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def claim_folder(folder: Path, owner: str) -> None:
+    """Marks a new or empty folder as an owner's, who may then remove files in it. There, again, it is taken as it is.
+
+    Args:
+        owner: a plain word; the mark is a file of that name.
+    Raises:
+        UsageError: the folder holds something, and not the mark.
+    """
+    mark = folder / f".datavector-{owner}"
+    if mark.is_file():
+        return
+    strange = sorted(path.name for path in folder.glob("*") if path.name not in _NEUTRAL)
+    if strange:
+        raise UsageError(
+            f"{folder} holds other files ({strange[0]}), and was not made by the {owner}",
+            remedy=f"give the {owner} a folder of its own: files in it are replaced and removed",
+        )
+    mark.touch()
 
 
 def remove_leftovers(folder: Path, *, recursive: bool = True) -> None:

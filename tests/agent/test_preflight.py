@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from agent import preflight
-from datavector.errors import DiskFull
+from datavector.errors import DiskFull, UsageError
 from tests.agent.conftest import CLASSES, settings_of
 
 
@@ -33,6 +33,16 @@ def test_a_state_folder_of_somebody_else_stays_as_it_is(tmp_path):
     os.chown(settings.state, 12345, 12345)
     preflight.state(settings)
     assert mode(settings.state) == 0o2775
+
+
+def test_a_folder_with_other_files_is_no_state_folder_and_stays_as_it_is(tmp_path):
+    settings = settings_of(tmp_path / "home")
+    settings.state.mkdir(mode=0o755)
+    (settings.state / "notes.txt").touch()
+    with pytest.raises(UsageError, match=r"holds other files \(notes.txt\)"):
+        preflight.state(settings)
+    assert mode(settings.state) == 0o755
+    assert [path.name for path in settings.state.iterdir()] == ["notes.txt"]
 
 
 @pytest.fixture
@@ -62,5 +72,5 @@ def test_decoded_images_that_are_no_longer_needed_count_as_room(base, images, tm
     small_disk(tmp_path / "disk", 1)
     preflight.state(settings)
     (settings.state / preflight.IMAGES).mkdir()
-    (settings.state / preflight.IMAGES / "earlier.pixels").write_bytes(bytes((1 << 20) - 8192))
+    (settings.state / preflight.IMAGES / f"{0:064}.pixels").write_bytes(bytes((1 << 20) - 8192))
     preflight.data(settings, base)

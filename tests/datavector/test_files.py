@@ -72,10 +72,10 @@ for file in open_files:
 os._exit(0)
 """
     subprocess.run([sys.executable, "-c", killed], cwd=tmp_path, check=True, env={"PYTHONPATH": str(Path.cwd())})
-    others = {".hidden", ".model.onnx.0123456789abcdef.part", "state.json", "deep"}
+    others = {".hidden", ".bashrc.20240101", ".model.onnx.0123456789abcdef.part", "state.json", "deep"}
     for name in others - {"deep"}:
         (tmp_path / name).write_bytes(b"x")
-    assert len(list(tmp_path.rglob(".*.*"))) == 3
+    assert len(list(tmp_path.rglob(".*.*"))) == 4
     remove_leftovers(tmp_path, recursive=False)
     assert {path.name for path in tmp_path.iterdir()} == others
     assert len(list((tmp_path / "deep").iterdir())) == 1
