@@ -15,7 +15,6 @@ from google.protobuf.json_format import MessageToDict, Parse
 
 from agent import preflight
 from agent.ledger import Ledger
-from agent.metrics import Metrics
 from agent.settings import AgentSettings
 from agent.site import LEDGER, Site, connect, only_agent, open_site
 from agent.upload import upload
@@ -130,7 +129,7 @@ def train_vector(site: Site, ready: Ready) -> VectorInfo:
     from agent.train import TrainSettings, train
 
     settings, base, metrics = site.settings, ready.base, site.metrics
-    training, validation = _load_images(settings, ready, metrics, ("train", "val"))
+    training, validation = _load_images(site, ready, ("train", "val"))
 
     def show(report: EpochReport) -> None:
         metrics.epoch.set(report.epoch)
@@ -190,7 +189,7 @@ def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
         settings=site.settings,
         client=site.client,
         base=ready.base,
-        load_images=lambda: _load_images(site.settings, ready, site.metrics)[0],
+        load_images=lambda: _load_images(site, ready)[0],
         metrics=site.metrics,
         show=say,
         meeting_wait_seconds=0 if until_stopped else site.settings.tasks.meeting_wait_seconds,
@@ -205,31 +204,43 @@ def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
             raise Interrupted("stopped while waiting for tasks", remedy="start it again to go on")
 
 
-def _load_images(
-    settings: AgentSettings, ready: Ready, metrics: Metrics, splits: Sequence[str] = ("train",)
-) -> list[ImageSet]:
-    """The images of each split; corrupt ones are named, and left out. What earlier settings had decoded is removed."""
-    from datavector.data.images import load_images, unused_caches
+def _load_images(site: Site, ready: Ready, splits: Sequence[str] = ("train",)) -> list[ImageSet]:
+    """The images of each split; corrupt ones are named, and left out. What earlier settings had decoded is removed.
 
+    Raises:
+        CorruptImages: too many, of those of all splits.
+        Interrupted: the agent shall stop.
+    """
+    from datavector.data.images import demand_few, load_images, unused_caches
+
+    settings = site.settings
     assert settings.data is not None  # noqa: S101  the preflight demands it
     base, cache, records = ready.base, settings.state / preflight.IMAGES, preflight.by_split(ready.records)
     for file in unused_caches(records.values(), base.input.size, cache):
         file.unlink()
-    sets = []
+    sets: list[ImageSet] = []
     for split in splits:
         with progress(f"decoding {split} images") as show:
+
+            def advance(done: int, total: int, show: Callable[[int, int], None] = show) -> None:
+                if site.stop.is_set():
+                    raise Interrupted("stopped while decoding images", remedy="start it again: it decodes them anew")
+                show(done, total)
+
             images = load_images(
                 records[split],
                 base.classes,
                 base.input.size,
                 cache=cache,
-                max_corrupt=settings.data.max_corrupt,
-                progress=show,
+                max_corrupt=1,  # judged below, over all splits: one of few validation images may well be corrupt
+                progress=advance,
             )
         for path, reason in images.corrupt:
             say(f"corrupt image left out: {path} ({reason})")
-        metrics.corrupt_images.labels(split).set(len(images.corrupt))
+        site.metrics.corrupt_images.labels(split).set(len(images.corrupt))
         sets.append(images)
+    corrupt = [each for images in sets for each in images.corrupt]
+    demand_few(corrupt, sum(map(len, records.values())), settings.data.max_corrupt)
     return sets
 
 

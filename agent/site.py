@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +55,9 @@ def open_site(settings: AgentSettings, *, patience_seconds: float | None = None)
     site = Site(settings, client, metrics)
 
     def stop(_number: int, _frame: FrameType | None) -> None:
+        if site.stop.is_set():
+            os._exit(1)  # everything survives a kill
+        os.write(sys.stderr.fileno(), b"stopping at the next safe point; a second signal stops at once\n")
         site.stop.set()
         client.interrupt()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from datavector.files import atomic_write, canonical_json
 
 BATCH = 256  # images that are in memory at once while a cache is written
 FORMAT = "datavector-images/1"
+_CACHE = re.compile(r"[0-9a-f]{64}\.(pixels|json)")
 
 Progress = Callable[[int, int], None]
 
@@ -79,7 +81,7 @@ def load_images(
     """
     demand_known(records, classes)
     images, corrupt = _in_memory(records, size, progress) if cache is None else _mapped(records, size, cache, progress)
-    _demand_few(corrupt, len(records), max_corrupt)
+    demand_few(corrupt, len(records), max_corrupt)
     broken = {path for path, _ in corrupt}
     decoded = tuple(record for record in records if record.path not in broken)
     index = {label: position for position, label in enumerate(classes)}
@@ -95,7 +97,7 @@ def cache_size(records: Sequence[Record], size: int, cache: Path) -> int:
 def unused_caches(used: Iterable[Sequence[Record]], size: int, cache: Path) -> list[Path]:
     """The files in the folder `cache` that `load_images` would use for none of these lists of records."""
     kept = {file for records in used for file in _files(records, size, cache)}
-    return [file for file in sorted(cache.glob("*")) if file.is_file() and file not in kept]
+    return [file for file in sorted(cache.glob("*")) if _CACHE.fullmatch(file.name) and file not in kept]
 
 
 def resize(pixels: NDArray[np.uint8], size: int) -> torch.Tensor:
@@ -214,11 +216,12 @@ def _one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _demand_few(corrupt: Corrupt, count: int, max_corrupt: float) -> None:
+def demand_few(corrupt: Sequence[tuple[Path, str]], count: int, max_corrupt: float) -> None:
+    """Raises CorruptImages if more than a share `max_corrupt` of `count` images cannot be decoded."""
     if len(corrupt) > max_corrupt * count:
         first = "; ".join(reason for _, reason in corrupt[:3])
         raise CorruptImages(
             f"{len(corrupt)} of {count} images cannot be decoded, more than {max_corrupt:.0%}: {first}"
             + ("; ..." if corrupt[3:] else ""),
-            remedy="replace or remove these files, or raise max_corrupt",
+            remedy="replace or remove these files, or raise data.max_corrupt",
         )

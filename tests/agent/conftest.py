@@ -48,8 +48,8 @@ def sites() -> list[ImageSet]:
     return [noisy_colours(count, 10 + count, shift=shift) for count, shift in ((5, 0), (12, 30), (8, -25))]
 
 
-def settings_of(state: Path, data: Path | None = None) -> AgentSettings:
+def settings_of(state: Path, data: Path | None = None, *, max_corrupt: float = 0.05) -> AgentSettings:
     """Settings of an agent that dials nobody."""
     tls = Tls(certificate=Path("c"), key=Path("k"), ca=Path("a"))
-    chosen = Data(path=data) if data else None
+    chosen = Data(path=data, max_corrupt=max_corrupt) if data else None
     return AgentSettings(hospital="north", aggregator="localhost:1", state=state, tls=tls, data=chosen)

@@ -8,7 +8,9 @@ from PIL import Image
 from agent.main import Ready, _load_images
 from agent.metrics import Metrics
 from agent.preflight import IMAGES
+from agent.site import Site
 from datavector.data.records import Record
+from datavector.errors import CorruptImages, Interrupted
 from datavector.wire.v1.exchange_pb2 import PolicyInfo
 from tests.agent.conftest import CLASSES, settings_of
 
@@ -27,9 +29,8 @@ def records(tmp_path):
 
 
 def test_tasks_need_the_training_images_only(base, records, tmp_path):
-    settings, metrics = settings_of(tmp_path / "state", tmp_path / "data"), Metrics()
-    settings = settings.model_copy(update={"data": settings.data.model_copy(update={"max_corrupt": 0.5})})
-    (training,) = _load_images(settings, Ready(PolicyInfo(), base, records), metrics)
+    settings, metrics = settings_of(tmp_path / "state", tmp_path / "data", max_corrupt=0.5), Metrics()
+    (training,) = _load_images(Site(settings, None, metrics), Ready(PolicyInfo(), base, records))
     assert [record.path for record in training.records] == [record.path for record in records[1:4]]
     assert len(list((settings.state / IMAGES).glob("*.pixels"))) == 1
     assert metrics.registry.get_sample_value("datavector_agent_corrupt_images", {"split": "train"}) == 1
@@ -37,13 +38,42 @@ def test_tasks_need_the_training_images_only(base, records, tmp_path):
 
 def test_decoded_images_of_earlier_data_are_removed(base, records, tmp_path):
     settings, sound = settings_of(tmp_path / "state", tmp_path / "data"), records[1:]
-    training, validation = _load_images(settings, Ready(PolicyInfo(), base, sound), Metrics(), ("train", "val"))
+    site = Site(settings, None, Metrics())
+    training, validation = _load_images(site, Ready(PolicyInfo(), base, sound), ("train", "val"))
     first = {path.name for path in (settings.state / IMAGES).iterdir()}
     assert (len(training), len(validation), len(first)) == (3, 2, 4)
-    _load_images(settings, Ready(PolicyInfo(), base, sound), Metrics())
+    _load_images(site, Ready(PolicyInfo(), base, sound))
     assert {path.name for path in (settings.state / IMAGES).iterdir()} == first
-    _load_images(settings, Ready(PolicyInfo(), base, sound[1:]), Metrics(), ("train", "val"))
+    _load_images(site, Ready(PolicyInfo(), base, sound[1:]), ("train", "val"))
     second = {path.name for path in (settings.state / IMAGES).iterdir()}
     assert len(second) == 4
     assert len(second & first) == 2  # those to validate with are still the same
     assert len(training.images) == 3  # what is in use stays in memory
+
+
+def test_corrupt_images_are_judged_over_all_splits_together(base, records, tmp_path):
+    records[5].path.write_bytes(b"no image")  # 1 of 2 to validate with, and 1 of 4 to train on: 2 of 6
+    ready = Ready(PolicyInfo(), base, records)
+    settings = settings_of(tmp_path / "state", tmp_path / "data", max_corrupt=0.34)
+    training, validation = _load_images(Site(settings, None, Metrics()), ready, ("train", "val"))
+    assert (len(training), len(validation)) == (3, 1)
+    settings = settings_of(tmp_path / "state", tmp_path / "data", max_corrupt=0.33)
+    with pytest.raises(CorruptImages, match="2 of 6 images"):
+        _load_images(Site(settings, None, Metrics()), ready, ("train", "val"))
+
+
+def test_a_stop_ends_the_decoding(base, records, tmp_path):
+    site = Site(settings_of(tmp_path / "state", tmp_path / "data", max_corrupt=0.5), None, Metrics())
+    site.stop.set()
+    with pytest.raises(Interrupted, match="while decoding"):
+        _load_images(site, Ready(PolicyInfo(), base, records))
+    assert list((site.settings.state / IMAGES).iterdir()) == []
+
+
+def test_what_lies_beside_decoded_images_is_not_removed(base, records, tmp_path):
+    site = Site(settings_of(tmp_path / "state", tmp_path / "data", max_corrupt=0.5), None, Metrics())
+    own = site.settings.state / IMAGES / "holiday.jpg"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    _load_images(site, Ready(PolicyInfo(), base, records))
+    assert own.is_file()
