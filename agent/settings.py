@@ -82,13 +82,20 @@ class AgentSettings(Section):
         metrics_port: of Prometheus metrics; 0 serves none.
     """
 
-    hospital: str = Field(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")
-    aggregator: str = Field(pattern=rf"^({_LABEL}(\.{_LABEL})*\.?|\[[0-9a-fA-F:.]+\]):({_PORT})$")
+    hospital: str = Field(
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="lower-case letters, digits and hyphens"
+    )
+    aggregator: str = Field(
+        pattern=rf"^({_LABEL}(\.{_LABEL})*\.?|\[[0-9a-fA-F:.]+\]):({_PORT})$",
+        description="host:port, such as merge.example.org:8443",
+    )
     state: Path = Path("datavector-state")
     tls: Tls
     data: Data | None = None
     training: Training = Training()
     tasks: Tasks = Tasks()
-    base: str | None = Field(default=None, pattern=r"^sha256:[0-9a-f]{64}$")
+    base: str | None = Field(
+        default=None, pattern=r"^sha256:[0-9a-f]{64}$", description="sha256: and 64 hexadecimal digits"
+    )
     policy: str | None = None
     metrics_port: int = Field(default=0, ge=0, le=65535)

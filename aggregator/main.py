@@ -22,7 +22,7 @@ from aggregator.settings import AggregatorSettings
 from aggregator.store import Store
 from datavector.console import say
 from datavector.errors import UsageError
-from datavector.files import claim_folder, remove_leftovers
+from datavector.files import remove_leftovers
 from datavector.merge import choose
 from datavector.monitoring import serve_metrics
 
@@ -43,8 +43,6 @@ def run(settings: AggregatorSettings) -> None:
     policies = load_policies(settings.policy)
     for policy in policies:
         choose(policy.spec.method.name, policy.spec.method.parameters)
-    settings.store.mkdir(parents=True, exist_ok=True)
-    claim_folder(settings.store, "aggregator")
     store = Store(settings.store)
     with _alone(store):
         remove_leftovers(store.root)

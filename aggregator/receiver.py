@@ -130,6 +130,12 @@ class Receiver:
                 f"{tls.certificate} is the certificate of hospital {report.hospital!r}",
                 remedy="use the one for the aggregator that `datavector certs init` makes",
             )
+        if report.identity.trust_domain != tls.trust_domain:
+            raise CertificateError(
+                f"{tls.certificate} is of the trust domain {report.identity.trust_domain!r}, "
+                f"tls.trust_domain is {tls.trust_domain!r}",
+                remedy="set tls.trust_domain to the certificates' (--trust-domain)",
+            )
         self._bases = {base.digest: base for base in await asyncio.to_thread(self.store.bases)}
         limits = self.settings.limits
         self._server = grpc.aio.server(options=_options(limits), maximum_concurrent_rpcs=limits.calls)
@@ -143,7 +149,9 @@ class Receiver:
         try:
             self.port = self._server.add_secure_port(listen, credentials)
         except RuntimeError as error:
-            raise UsageError(f"{listen} cannot be listened on", remedy="choose a free port") from error
+            raise UsageError(
+                f"{listen} cannot be listened on", remedy="give address:port, such as 0.0.0.0:8443, with a free port"
+            ) from error
         await self._server.start()
         for name in ("", SERVICE.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)

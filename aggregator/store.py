@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from datavector.errors import BaseModelError, NotFound
-from datavector.files import BLOCK, atomic_write, fsync, remove_leftovers, write_json
+from datavector.files import BLOCK, atomic_write, claim_folder, fsync, remove_leftovers, write_json
 from datavector.merge.batchnorm import Moments
 from datavector.model import DESCRIPTION, FILES, BaseModel
 
@@ -51,13 +51,18 @@ class Store:
     """Paths and atomic operations below one folder.
 
     Every name that becomes part of a path must be plain, wherever it came from; any other is NotFound.
+
+    Raises:
+        UsageError: the folder holds other files.
     """
 
     def __init__(self, root: Path, *, read_only: bool = False) -> None:
         self.root = root
         if not read_only:
+            root.mkdir(parents=True, exist_ok=True)
+            claim_folder(root, "aggregator")
             for folder, mode in FOLDERS.items():
-                (root / folder).mkdir(mode, parents=True, exist_ok=True)
+                (root / folder).mkdir(mode, exist_ok=True)
 
     # --- base models
 

@@ -253,13 +253,27 @@ class Uploads:
         return self._add(arrival)
 
     def _recorded(self, arrival: Arrival) -> DataVector | None:
-        """The record of a vector that may still be merged, or None if there is no record.
+        """The record of a vector that may still be merged, or None if there is no record, and it may come.
 
         Raises:
-            AlreadyWithdrawn, Refused: it is recorded, but will never be merged (again).
+            AlreadyWithdrawn: it was taken back.
+            Refused: a newer one takes its place.
         """
         vectors = self._registry.vectors()
         vector = next((vector for vector in vectors if vector.name == arrival.name), None)
+        last = max(
+            (
+                each.spec.sequence
+                for each in vectors
+                if (each.spec.hospital, each.spec.base_model_ref) == (arrival.hospital, arrival.base.digest)
+            ),
+            default=0,
+        )
+        if vector is None and arrival.sequence < last:
+            raise Refused(
+                f"{arrival.hospital!r} has sent a newer vector (sequence {last}) than this one ({arrival.sequence})",
+                remedy="to send this one all the same, remove vector.json in the agent's state folder, and start it",
+            )
         if vector is None:
             return None
         if not vector.granted:
@@ -267,12 +281,7 @@ class Uploads:
                 f"{vector.name} was withdrawn at {vector.status.withdrawn_at:%Y-%m-%d %H:%M}Z",
                 remedy="consent goes one way: change training.seed or the images, then train again",
             )
-        replaced = any(
-            (other.spec.hospital, other.spec.base_model_ref) == (arrival.hospital, arrival.base.digest)
-            and other.spec.sequence > vector.spec.sequence
-            for other in vectors
-        )
-        if replaced or vector.status.erased_at is not None:
+        if vector.spec.sequence < last or vector.status.erased_at is not None:
             raise Refused(
                 f"{vector.name} was replaced by a newer vector",
                 remedy="change training.seed or the images, then train again",

@@ -6,7 +6,10 @@ import errno
 import io
 import json
 import logging
+import os
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,12 +40,16 @@ Release = Annotated[Path, typer.Argument(help="A release folder.")]
 
 _WRONG_PATH = {errno.EACCES, errno.EEXIST, errno.EISDIR, errno.ENOENT, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
+INTERRUPTED = 130  # how typer ends on Ctrl-C
+
 
 def main() -> None:
     """Entry point: an error for a person is printed as one, with what to do next."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # as standard error does: a file's name need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%SZ", stream=sys.stdout)
+    logging.Formatter.converter = time.gmtime
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its errors reach a person as ours
     try:
         app()
     except Interrupted as stopped:
@@ -59,7 +66,9 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(1)
-    except KeyboardInterrupt:
+    except SystemExit as ended:
+        if ended.code != INTERRUPTED:
+            raise
         print("interrupted", file=sys.stderr)
         sys.exit(1)
 
@@ -178,6 +187,9 @@ def agent(
 ) -> None:
     """Fine-tune on this hospital's images, send the data vector, then serve tasks until stopped."""
     if context.invoked_subcommand is not None:
+        if any(value not in (None, False) for value in context.params.values()):
+            command = context.invoked_subcommand
+            raise UsageError(f"options before `{command}` are not for it", remedy=f"give them after `{command}`")
         return
     if once + tasks_only + preflight_only > 1:
         raise UsageError("--once, --tasks-only and --preflight exclude each other", remedy="give one of them")
@@ -289,6 +301,7 @@ def aggregator(
     certificate: Annotated[Path | None, typer.Option(help="The aggregator's certificate.")] = None,
     key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
     ca: Annotated[Path | None, typer.Option(help="The authority that signed the hospitals' certificates.")] = None,
+    trust_domain: Annotated[str | None, typer.Option(help="First part of every identity.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Port of Prometheus metrics; 0 for none.")] = None,
 ) -> None:
     """Take vectors in, merge them as the policy says, and release the result. Needs no cluster."""
@@ -298,7 +311,7 @@ def aggregator(
 
     flags = {
         "store": store, "policy": policy, "base": base, "listen": listen, "metrics_port": metrics_port,
-        "tls.certificate": certificate, "tls.key": key, "tls.ca": ca,
+        "tls.certificate": certificate, "tls.key": key, "tls.ca": ca, "tls.trust_domain": trust_domain,
     }  # fmt: skip
     run(load_settings(AggregatorSettings, config, flags, prefix=PREFIX))
 
@@ -360,6 +373,7 @@ def demo(
     from agent.settings import Training
     from datavector.demo.story import DemoOptions, run_demo
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C, which also ends its processes
     run_demo(
         DemoOptions(
             output=output,

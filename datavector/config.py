@@ -63,7 +63,7 @@ def load_settings(
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_sentence(".".join(map(str, each["loc"])), each["msg"]) for each in error.errors())
+        problems = "; ".join(_problem(kind, each["loc"], each["type"], each["msg"]) for each in error.errors())
         raise ConfigError(
             f"settings are missing or wrong: {problems}", remedy="set them in the configuration file or as flags"
         ) from error
@@ -99,8 +99,25 @@ def _section(kind: type[Section], key: str) -> type[Section] | None:
     return None
 
 
-def _sentence(where: str, message: str) -> str:
+def _problem(kind: type[Section], path: tuple[int | str, ...], problem: str, message: str) -> str:
+    """A sentence about one setting: of a group that is missing, its settings; of a wrong form, the right one."""
+    where, (*sections, last) = ".".join(map(str, path)), map(str, path)
+    for name in sections:
+        kind = _section(kind, name) or kind
+    if problem == "missing" and (group := _section(kind, last)):
+        needed = [f"{where}.{name}" for name, field in group.model_fields.items() if field.is_required()]
+        return f"{', '.join(needed)}: fields required"
+    if problem == "string_pattern_mismatch" and (description := kind.model_fields[last].description):
+        return f"{where} must be {description}"
     return f"{where}: {message[0].lower()}{message[1:]}"
+
+
+def _nearest(key: str, kind: type[Section]) -> str:
+    """The setting that an unknown one stands for: of the same name in a group, or of a similar name."""
+    for group in kind.model_fields:
+        if (section := _section(kind, group)) and key in section.model_fields:
+            return f"{group}.{key}"
+    return difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0)[0]
 
 
 def _nest(keys: list[str], value: Any) -> dict[str, Any]:
@@ -112,8 +129,7 @@ def _nest(keys: list[str], value: Any) -> dict[str, Any]:
 def _merge(target: dict[str, Any], addition: Mapping[str, Any], *, source: str, kind: type[Section]) -> None:
     for key, value in addition.items():
         if key not in kind.model_fields:
-            nearest = difflib.get_close_matches(key, kind.model_fields, n=1, cutoff=0)
-            raise ConfigError(f"{source}: unknown setting {key!r}", remedy=f"did you mean {nearest[0]!r}?")
+            raise ConfigError(f"{source}: unknown setting {key!r}", remedy=f"did you mean {_nearest(key, kind)!r}?")
         section = _section(kind, key)
         if section is None:
             target[key] = value

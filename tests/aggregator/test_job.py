@@ -88,7 +88,7 @@ def test_a_merge_that_is_run_again_gives_the_same_bytes_and_clears_what_a_killed
     version = start()
     run(store, version, "merge")
     first = store.merged(version.name).read_bytes()
-    (store.version(version.name) / ".merged.safetensors.halfhalf").write_bytes(b"half")
+    (store.version(version.name) / ".merged.safetensors.halfhalf.tmp").write_bytes(b"half")
     run(store, version, "merge")
     assert store.merged(version.name).read_bytes() == first
     assert list(store.version(version.name).glob(".*")) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
 import ssl
 import subprocess
@@ -118,10 +119,25 @@ def test_an_expired_certificate_is_refused_here_and_there(receiver, tmp_path, au
     assert not is_turned_away(receiver, authority, "north")
 
 
-def test_another_trust_domain_of_the_same_authority_is_refused(start_receiver, small_base, connect):
-    receiver = start_receiver(small_base, trust_domain="other.example")
+def test_another_trust_domain_of_the_same_authority_is_refused(
+    start_receiver, small_base, connect, authority, tmp_path, monkeypatch
+):
+    other = shutil.copytree(authority, tmp_path / "other")
+    monkeypatch.setattr("datavector.wire.certs._authority_domain", lambda *_: "other.example")
+    certificate = issue_aggregator(other, server_names=["localhost"])
+    tls = {"certificate": certificate, "key": certificate.with_suffix(".key")}
+    receiver = start_receiver(small_base, trust_domain="other.example", **tls)
     with pytest.raises(CertificateError, match=r"trust domain 'datavector\.local'"):
         connect(receiver.address).describe()
+
+
+def test_an_aggregator_of_another_trust_domain_than_its_settings_does_not_start(authority, tmp_path, small_base):
+    settings = make_settings(authority, trust_domain="other.example")
+    with (
+        pytest.raises(CertificateError, match=r"set tls\.trust_domain"),
+        serve(make_store(tmp_path / "2", small_base), settings),
+    ):
+        pass
 
 
 def test_the_aggregators_own_certificate_is_no_hospitals(receiver, authority):
@@ -150,9 +166,8 @@ def test_nothing_leaves_for_a_server_that_is_not_this_collaborations_aggregator(
     issue_aggregator(foreign, server_names=["localhost"])
     both = tmp_path / "both.crt"
     both.write_bytes((authority / "ca.crt").read_bytes() + (foreign / "ca.crt").read_bytes())
-    receiver = start_receiver(
-        small_base, certificate=foreign / "aggregator.crt", key=foreign / "aggregator.key", ca=both
-    )
+    tls = {"certificate": foreign / "aggregator.crt", "key": foreign / "aggregator.key", "ca": both}
+    receiver = start_receiver(small_base, trust_domain="other.example", **tls)
     ledger = Ledger(tmp_path / "ledger.jsonl")
     credentials = Credentials(authority / "north.crt", authority / "north.key", both)
     path = write_tau(tmp_path / "tau", small_base)

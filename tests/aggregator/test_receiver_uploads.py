@@ -346,6 +346,20 @@ def test_a_vector_that_a_newer_one_has_replaced_is_refused_with_what_to_do(
     assert client.begin_upload(newer).committed
 
 
+def test_a_vector_that_is_older_than_the_last_one_is_refused_before_it_is_sent(
+    receiver, connect, small_base, vector, tmp_path
+):
+    client = connect(receiver.address)
+    path = write_tau(tmp_path / "newer", small_base, seed=2)
+    client.send_upload(whole((path.read_bytes(), announce(path, small_base, sequence=2))))
+    _, info = vector
+    assert info.sequence == 1
+    with pytest.raises(Refused, match=r"has sent a newer vector \(sequence 2\) than this one \(1\)"):
+        client.begin_upload(info)
+    info.sequence = 3
+    assert not client.begin_upload(info).committed
+
+
 def test_a_withdrawal_ends_what_is_on_its_way_and_it_is_never_taken_again(receiver, connect, large_vector):
     data, info = large_vector
     running = OpenUpload(connect(receiver.address), info)

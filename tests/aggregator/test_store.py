@@ -214,9 +214,9 @@ def test_erasing_a_blob_twice_is_erasing_it(store):
 def test_what_a_killed_writer_left_is_removed_but_no_finished_file(store):
     store.write_version("brain-1", {})
     store.save_visit("brain-1", visit("north"))
-    being_written = store.version("brain-1") / "visits" / ".south.npz.x7_abcde"
+    being_written = store.version("brain-1") / "visits" / ".south.npz.x7_abcde.tmp"
     being_written.write_bytes(b"half")
-    (store.version("brain-1") / ".merged.safetensors.x7_abcde").write_bytes(b"half")
+    (store.version("brain-1") / ".merged.safetensors.x7_abcde.tmp").write_bytes(b"half")
     store.remove_leftovers("brain-1")
     assert sorted(path.name for path in store.version("brain-1").iterdir()) == ["version.json", "visits"]
     assert being_written.exists(), "by the receiver, which runs beside the jobs"

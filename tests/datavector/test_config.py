@@ -145,13 +145,14 @@ def test_an_aggregator_is_a_name_or_an_address_with_a_port(tmp_path, address):
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('"north"', '"North"', "hospital: string should match pattern"),
-        ("a:8443", "https://a:8443", "aggregator: string should match pattern"),
-        ("a:8443", "a..b:8443", "aggregator: string should match pattern"),
-        ("a:8443", f"{'a' * 64}.example:8443", "aggregator: string should match pattern"),
-        ("a:8443", "bücher.example:8443", "aggregator: string should match pattern"),
-        ("a:8443", "a:65536", "aggregator: string should match pattern"),
+        ('"north"', '"North"', "hospital must be lower-case letters"),
+        ("a:8443", "https://a:8443", "aggregator must be host:port, such as merge"),
+        ("a:8443", "a..b:8443", "aggregator must be host:port, such as merge"),
+        ("a:8443", f"{'a' * 64}.example:8443", "aggregator must be host:port, such as merge"),
+        ("a:8443", "bücher.example:8443", "aggregator must be host:port, such as merge"),
+        ("a:8443", "a:65536", "aggregator must be host:port, such as merge"),
         ("[tls]", "[tsl]", "did you mean 'tls'?"),
+        ("[tls]", "epochs = 3\n[tls]", "unknown setting 'epochs'; did you mean 'training.epochs'?"),
         ("ca = ", "[training]\nlearning_rate = 0.1\n#", "training.learning_rate: input should be less than or equal"),
     ],
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from datavector.files import sha256_file
+from datavector.files import claim_folder, sha256_file
 from datavector.wire.certs import init_authority, issue_hospital
 from datavector.wire.v1.exchange_pb2 import (
     DescribeReleaseReply,
@@ -118,6 +118,8 @@ def trusted_here_only(place: Place) -> list[str | Path]:
 
 def altered_base(place: Place) -> list[str | Path]:
     cached = place.site.folder / "north" / "state" / "bases"
+    (place.folder / "state").mkdir()
+    claim_folder(place.folder / "state", "agent")
     shutil.copytree(cached, place.folder / "state" / "bases")
     with next(place.folder.glob("state/bases/*/base.safetensors")).open("r+b") as file:
         file.seek(5000)
@@ -147,7 +149,7 @@ CASES: dict[str, Bad] = {
     "a manifest without labels": Bad(
         1, ("column 'label' is missing",), lambda at: at.with_manifest("file,diagnosis\nabsent.png,nevus\n")
     ),
-    "too many corrupt images": Bad(1, ("of 10 images cannot be decoded, more than 5%",), corrupt),
+    "too many corrupt images": Bad(1, ("of 12 images cannot be decoded, more than 5%",), corrupt),
     # base models
     "a base that is not the pinned one": Bad(1, ("is pinned here",), lambda at: at.agent(base=f"sha256:{'0' * 64}")),
     "an altered base": Bad(1, ("base.safetensors is missing or altered",), altered_base),
@@ -257,7 +259,15 @@ CASES: dict[str, Bad] = {
     "a wrong value in agent.toml": Bad(
         2, ("training.epochs: input should be greater than or equal to 1",), lambda at: at.agent(training={"epochs": 0})
     ),
-    "no settings at all": Bad(2, ("settings are missing or wrong", "hospital: field required"), lambda at: ["agent"]),
+    "no settings at all": Bad(
+        2,
+        (
+            "settings are missing or wrong",
+            "hospital: field required",
+            "tls.certificate, tls.key, tls.ca: fields required",
+        ),
+        lambda at: ["agent"],
+    ),
     "flags that exclude each other": Bad(2, ("exclude each other",), lambda at: at.agent("--once", "--tasks-only")),
     "an unknown flag": Bad(2, ("No such option: --epoch",), lambda at: at.agent("--epoch", "3")),
     "an unknown command": Bad(2, ("No such command 'merge'",), lambda at: ["merge"]),
@@ -318,6 +328,9 @@ CASES: dict[str, Bad] = {
         1, ("model.onnx does not exist",), lambda at: ["predict", at.folder, "image.png"]
     ),
     "a folder that is no store": Bad(2, ("holds no registry.sqlite",), lambda at: ["status", "--store", at.folder]),
+    "options before a command": Bad(
+        2, ("options before `ledger` are not for it",), lambda at: ["agent", "--state", at.folder, "ledger"]
+    ),
     "a ledger of nobody": Bad(2, ("is no folder",), lambda at: ["agent", "ledger", "--state", at.folder / "absent"]),
     "a demo into a folder with files": Bad(
         2, ("is not empty",), lambda at: ["demo", "--output", written(at, "file", "mine").parent]
