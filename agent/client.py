@@ -247,10 +247,13 @@ class Client:
             VisitRequest(final=VisitFinal(images=images, layers=len(moments))),
         ]
         content = b"".join(message.SerializeToString(deterministic=True) for message in messages)
-        with self._sending("visit", content=content, base=task.base_digest, version=task.version):
-            return self.patiently(
-                lambda: self.result(self._stub().CompleteVisit.future(iter(messages), timeout=CALL_SECONDS), VisitReply)
-            )
+        with self._sending("visit", content=content, base=task.base_digest, version=task.version) as sending:
+
+            def attempt() -> VisitReply:
+                sending.demand_consent()
+                return self.result(self._stub().CompleteVisit.future(iter(messages), timeout=CALL_SECONDS), VisitReply)
+
+            return self.patiently(attempt)
 
     @contextmanager
     def meet(self, task: Task, *, images: int, wait_seconds: int = 0) -> Iterator[Meeting]:
@@ -519,6 +522,7 @@ class Meeting:
 
         Raises:
             TryAgain: too few hospitals are left; join again.
+            AlreadyWithdrawn: the hospital has withdrawn meanwhile; nothing is sent.
         """
         self._send(MeetRequest(layer=to_message(layer, moments)))
         pooled = self._receive("pooled").pooled
@@ -530,6 +534,7 @@ class Meeting:
         self.done = self._receive("done").done
 
     def _send(self, message: MeetRequest) -> None:
+        self._sending.demand_consent()
         content = message.SerializeToString(deterministic=True)
         self._digest.update(content)
         self._bytes += len(content)

@@ -60,6 +60,7 @@ class Ledger:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._decided: tuple[tuple[int, ...] | None, list[Entry]] = (None, [])  # as of which state of the file
 
     @contextmanager
     def sending(
@@ -75,7 +76,7 @@ class Ledger:
         """
         if what != WITHDRAWAL:
             self.demand_consent(base)
-        sending = Sending(Entry(_now(), "sending", what, bytes, sha256, to, base, version))
+        sending = Sending(self, Entry(_now(), "sending", what, bytes, sha256, to, base, version))
         self.append(sending.entry)
         try:
             yield sending
@@ -91,15 +92,27 @@ class Ledger:
         Raises:
             AlreadyWithdrawn: the hospital has withdrawn from it, or from all, and has not rejoined since.
         """
-        standing = None
-        for entry in read_ledger(self.path):
-            if entry.what in (WITHDRAWAL, REJOIN) and entry.base in ("", base):
-                standing = entry if entry.what == WITHDRAWAL else None
-        if standing is not None:
+        if (standing := self.withdrawal(base)) is not None:
             raise AlreadyWithdrawn(
                 f"this hospital withdrew on {standing.time}, so nothing leaves any more",
                 remedy="to take part again run `datavector rejoin`, then train with another seed or other images",
             )
+
+    def withdrawal(self, base: str) -> Entry | None:
+        """The withdrawal from a base model that stands now; cheap while nothing is written."""
+        standing = None
+        for entry in self._decisions():
+            if entry.base in ("", base):
+                standing = entry if entry.what == WITHDRAWAL else None
+        return standing
+
+    def _decisions(self) -> list[Entry]:
+        """Withdrawals and rejoins, oldest first; the file is read again when it has changed."""
+        state, decisions = self._decided
+        if (now := _state_of(self.path)) != state:
+            decisions = [entry for entry in read_ledger(self.path) if entry.what in (WITHDRAWAL, REJOIN)]
+            self._decided = now, decisions
+        return decisions
 
     def decide(self, what: Literal["withdrawal", "rejoin"], base: str = "") -> None:
         """Records what a person decided, for one base model or (empty) for all. It holds at once, whoever is told."""
@@ -125,8 +138,21 @@ class Ledger:
 class Sending:
     """Something on its way out."""
 
-    def __init__(self, entry: Entry) -> None:
+    def __init__(self, ledger: Ledger, entry: Entry) -> None:
         self.entry = entry
+        self._ledger = ledger
+
+    @property
+    def consented(self) -> bool:
+        """Whether more of it may leave: a withdrawal ends it, however far it is."""
+        return self._ledger.withdrawal(self.entry.base) is None
+
+    def demand_consent(self) -> None:
+        """
+        Raises:
+            AlreadyWithdrawn: the hospital has withdrawn since this began.
+        """
+        self._ledger.demand_consent(self.entry.base)
 
     def measured(self, *, bytes: int, sha256: str) -> None:
         self.entry = replace(self.entry, bytes=bytes, sha256=sha256)
@@ -145,6 +171,15 @@ def read_ledger(path: Path) -> list[Entry]:
     except OSError as error:
         raise UnreadableData(f"{path} cannot be read ({error.strerror})", remedy="check its permissions") from error
     return [entry for line in lines if (entry := _parse(line)) is not None]
+
+
+def _state_of(path: Path) -> tuple[int, ...]:
+    """What changes with every line that is appended."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _parse(line: bytes) -> Entry | None:

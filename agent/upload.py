@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from agent.client import Client, Progress
+from agent.ledger import Sending
+from datavector.errors import TryAgain
 from datavector.wire.chunks import CHUNK, frame_chunk
-from datavector.wire.v1.exchange_pb2 import UploadFinal, UploadOpen, UploadRequest, VectorInfo
+from datavector.wire.v1.exchange_pb2 import BeginUploadReply, UploadFinal, UploadOpen, UploadRequest, VectorInfo
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,18 @@ def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progres
 
     Raises:
         ArtifactError: the aggregator found the vector altered, of another model, or not finite.
-        AlreadyWithdrawn: the hospital withdrew; nothing is sent.
+        AlreadyWithdrawn: the hospital withdrew; nothing more is sent.
         QuotaExceeded, DiskFull, Refused: it does not take the vector.
         Unreachable: the client's patience is at its end.
         Interrupted: the client was interrupted; calling again goes on from the durable offset.
     """
-    with client.announcing(info):
-        begun = client.patiently(lambda: client.begin_upload(info))
+
+    def begin(sending: Sending) -> BeginUploadReply:
+        sending.demand_consent()
+        return client.begin_upload(info)
+
+    with client.announcing(info) as announcing:
+        begun = client.patiently(lambda: begin(announcing))
     if begun.committed:
         return Delivery(begun.vector, 0)
     sent = 0
@@ -46,23 +53,36 @@ def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progres
             on_progress(offset, info.size)
 
     def attempt() -> str:
-        begun = client.begin_upload(info)
+        begun = begin(sending)
         if begun.committed:
             return str(begun.vector)
-        return client.send_upload(_messages(path, info, begun.offset, on_chunk)).vector
+        try:
+            return client.send_upload(_messages(path, info, begun.offset, sending, on_chunk)).vector
+        except TryAgain:
+            sending.demand_consent()  # a stream that ended early because of that is not tried again
+            raise
 
     with client.sending_vector(info) as sending:
         sending.measured(bytes=0, sha256=info.sha256)
         return Delivery(client.patiently(attempt), sent)
 
 
-def _messages(path: Path, info: VectorInfo, offset: int, on_chunk: Callable[[int, int], None]) -> Iterator[bytes]:
-    """open, chunk*, final: serialised, from `offset` on. `on_chunk` takes each chunk's size and end."""
+def _messages(
+    path: Path, info: VectorInfo, offset: int, sending: Sending, on_chunk: Callable[[int, int], None]
+) -> Iterator[bytes]:
+    """open, chunk*, final: serialised, from `offset` on; without final, so that it does not count, once withdrawn.
+
+    gRPC asks for them in a thread of its own and would print an error from here, so that none is raised.
+
+    Args:
+        on_chunk: takes each chunk's size and end.
+    """
     yield UploadRequest(open=UploadOpen(vector=info, offset=offset)).SerializeToString()
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
-        while chunk := file.read(CHUNK):
+        while sending.consented and (chunk := file.read(CHUNK)):
             offset += len(chunk)
             on_chunk(len(chunk), offset)
             yield frame_chunk(chunk)
-    yield UploadRequest(final=UploadFinal(size=info.size, sha256=info.sha256)).SerializeToString()
+    if sending.consented:
+        yield UploadRequest(final=UploadFinal(size=info.size, sha256=info.sha256)).SerializeToString()

@@ -9,12 +9,15 @@ import struct
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
-from datavector.errors import CertificateError, Unreachable
+from agent.ledger import read_ledger
+from datavector.errors import AlreadyWithdrawn, CertificateError, Unreachable
+from datavector.merge.batchnorm import Moments
 
 IDENTITY = "spiffe://datavector.local/aggregator"
 
@@ -57,6 +60,40 @@ def test_an_aggregator_that_hangs_up_again_and_again_refuses_the_certificate(rec
 def test_an_absent_aggregator_has_no_identity(connect):
     with pytest.raises(Unreachable, match=r"localhost:1 is not reachable \(Connection refused\)"):
         connect("localhost:1").server_identity()
+
+
+def test_a_visit_that_waits_for_the_link_is_not_left_after_a_withdrawal(receiver, connect, cut_link, small_base):
+    receiver.calibrate(small_base, "small-1", "north", mode="visit", quorum=1, visits=1)
+    link = cut_link(receiver.address)
+
+    def withdraw_and_back_again(_sentence):
+        client.ledger.decide("withdrawal")
+        link.set("open")
+
+    client = connect(link.address, patience_seconds=None, on_waiting=withdraw_and_back_again)
+    (task,) = client.list_tasks().tasks
+    client.server_identity()
+    link.set("refuse")
+    with pytest.raises(AlreadyWithdrawn):
+        client.complete_visit(task, {"bn0": moments(2), "bn1": moments(3)}, images=1)
+    assert receiver.store.visits("small-1") == []
+
+
+def test_a_meeting_gets_no_layer_after_a_withdrawal(receiver, connect, small_base):
+    receiver.calibrate(small_base, "small-1", "north", mode="meeting", quorum=1, visits=1)
+    client = connect(receiver.address)
+    (task,) = client.list_tasks().tasks
+    with pytest.raises(AlreadyWithdrawn), client.meet(task, images=1) as meeting:
+        meeting.pool("bn0", moments(2))
+        sent = meeting._bytes
+        client.ledger.decide("withdrawal", task.base_digest)
+        meeting.pool("bn1", moments(3))
+    last = read_ledger(client.ledger.path)[-1]
+    assert (last.what, last.state, last.bytes) == ("meeting", "unconfirmed", sent)
+
+
+def moments(channels):
+    return Moments(9, np.zeros(channels), np.ones(channels))
 
 
 def test_an_authority_that_only_a_strict_reading_refuses_is_taken_as_grpc_takes_it(

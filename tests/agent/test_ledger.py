@@ -108,3 +108,25 @@ def test_no_ledger_is_an_empty_one_and_an_unreadable_one_is_an_error(tmp_path):
     assert read_ledger(tmp_path / "absent") == []
     with pytest.raises(UnreadableData, match=os.fspath(tmp_path)):
         read_ledger(tmp_path)
+
+
+def test_what_is_on_its_way_sees_a_withdrawal_that_another_process_records(tmp_path):
+    ledger, other = Ledger(tmp_path / "ledger.jsonl"), Ledger(tmp_path / "ledger.jsonl")
+    with ledger.sending("vector", to="here", base="sha256:a") as sending:
+        assert sending.consented
+        other.decide("withdrawal", "sha256:b")
+        assert sending.consented
+        other.decide("withdrawal", "sha256:a")
+        assert not sending.consented
+        with pytest.raises(AlreadyWithdrawn):
+            sending.demand_consent()
+        other.decide("rejoin")
+        sending.demand_consent()
+
+
+def test_asking_for_consent_again_reads_the_ledger_only_when_it_has_changed(tmp_path, monkeypatch):
+    ledger, reads = Ledger(tmp_path / "ledger.jsonl"), []
+    monkeypatch.setattr("agent.ledger.read_ledger", lambda path: reads.append(path) or read_ledger(path))
+    with ledger.sending("vector", to="here") as sending:
+        assert all(sending.consented for _ in range(9))
+        assert len(reads) == 2  # before its line and after it

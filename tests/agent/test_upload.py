@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from agent.ledger import read_ledger
+from agent.ledger import Ledger, read_ledger
 from agent.upload import upload
 from datavector.errors import AlreadyWithdrawn, Interrupted, ProtocolError, TryAgain, Unreachable, WrongDigest
 from datavector.wire.chunks import CHUNK, frame_chunk
@@ -161,6 +161,60 @@ def test_after_a_withdrawal_nothing_leaves_until_the_hospital_rejoins(receiver, 
     assert read_ledger(client.ledger.path) == before
     client.ledger.decide("rejoin")
     assert upload(client, other, info).sent == info.size
+
+
+def test_a_withdrawal_in_the_middle_of_an_upload_ends_it(receiver, connect, vector, tmp_path):
+    path, info = vector
+    client, ledger = connect(receiver.address, patience_seconds=None), Ledger(tmp_path / "north.jsonl")
+    seen = []
+
+    def withdraw_at_once(done, _total):
+        if not seen:
+            ledger.decide("withdrawal")
+        seen.append(done)
+
+    with pytest.raises(AlreadyWithdrawn, match="nothing leaves any more"):
+        upload(client, path, info, on_progress=withdraw_at_once)
+    assert seen == [CHUNK]
+    assert receiver.registry.vectors() == []
+    last = read_ledger(ledger.path)[-1]
+    assert (last.what, last.state, last.bytes) == ("vector", "unconfirmed", CHUNK)
+
+
+def test_a_withdrawal_before_the_end_of_the_last_byte_keeps_the_vector_from_counting(receiver, connect, vector):
+    path, info = vector
+    client = connect(receiver.address, patience_seconds=None)
+
+    def withdraw_at_the_end(done, total):
+        if done == total:
+            client.ledger.decide("withdrawal", info.base_digest)
+
+    with pytest.raises(AlreadyWithdrawn):
+        upload(client, path, info, on_progress=withdraw_at_the_end)
+    assert receiver.registry.vectors() == []
+
+
+@pytest.mark.parametrize("cut_at", [0, 9 << 20])
+def test_a_withdrawal_while_an_upload_waits_for_the_link_ends_it(receiver, connect, cut_link, vector, cut_at):
+    path, info = vector
+    link = cut_link(receiver.address)
+
+    def withdraw_and_back_again(_sentence):
+        if not ledger.withdrawal(info.base_digest):
+            ledger.decide("withdrawal", info.base_digest)
+        link.set("open")
+
+    client = connect(link.address, patience_seconds=None, on_waiting=withdraw_and_back_again)
+    ledger = client.ledger
+    client.server_identity()
+    if cut_at:
+        link.cut_at(cut_at, then="refuse")
+    else:
+        link.set("refuse")
+    with pytest.raises(AlreadyWithdrawn):
+        upload(client, path, info)
+    assert receiver.registry.vectors() == []
+    assert link.sent < (9 << 20) + CHUNK + IN_FLIGHT
 
 
 def test_the_ledger_says_what_left_before_it_leaves(receiver, connect, cut_link, vector, tmp_path):
