@@ -73,6 +73,7 @@ from datavector.wire.v1.exchange_pb2_grpc import ExchangeStub
 FIRST_DELAY, LONGEST_DELAY = 0.5, 2.5  # seconds between tries
 CALL_SECONDS = 60.0
 CONNECT_SECONDS = 5
+_NOT_REACHABLE = " is not reachable "
 HANG_UPS = 3  # in a row, each right after the handshake, that are a refusal: fewer are chance, a server that stops
 
 Result = TypeVar("Result")
@@ -109,7 +110,7 @@ class Client:
         hospital: if given, the certificate must be this hospital's.
         ledger: where everything that leaves is recorded; without one, nothing can be sent.
         on_waiting: takes a sentence whenever the aggregator cannot be reached and a new try is due.
-        patience_seconds: how long calls keep trying; None for ever, 0 for a single try.
+        patience_seconds: how long calls keep trying, from the last sign of life on; None for ever, 0 for a single try.
         proxy: the HTTP proxy through which the address is dialled, as `find_proxy` gives it; None for none, whatever
             the environment says.
         keepalive_seconds: a silent link is asked for a sign of life after that, and given up after half as long again;
@@ -216,6 +217,7 @@ class Client:
                 with self.streaming(self._stub().Fetch(request)) as call:
                     for chunk in call:
                         file.write(chunk.data)
+                        self._answered = True
                         if on_progress:
                             on_progress(file.tell(), info.size)
             file.flush()
@@ -304,7 +306,7 @@ class Client:
                 with suppress(grpc.FutureTimeoutError):
                     reply: UploadReply = call.result(timeout=self._stall_seconds / 10)
                     return reply
-        raise Unreachable(f"the aggregator at {self.address} takes no more bytes", remedy="check the network")
+        raise self._unreachable("it takes no more bytes")
 
     def announcing(self, info: VectorInfo) -> AbstractContextManager[Sending]:
         """The ledger's lines around a vector's announcement, which tells its digest and the number of images."""
@@ -359,11 +361,11 @@ class Client:
         if not isinstance(translated, Unreachable):
             self._answered = True
             return translated
-        return _handshake_refusal(details) or self._unreachable(_reason(details))
+        return _handshake_refusal(self.address, details) or self._unreachable(_reason(details))
 
     def _unreachable(self, reason: str) -> Unreachable:
         return Unreachable(
-            f"the aggregator at {self.address} is not reachable ({reason})",
+            f"the aggregator at {self.address}{_NOT_REACHABLE}({reason})",
             remedy="check the address, the network, and whether the aggregator runs",
         )
 
@@ -375,22 +377,26 @@ class Client:
             Interrupted: `interrupt` was called.
             DataVectorError: the aggregator refuses, or the certificates do not fit; these are not tried again.
         """
-        began, since, delay = time.monotonic(), datetime.now(UTC).astimezone(), FIRST_DELAY
+        began, since, delay = time.monotonic(), datetime.now(UTC), FIRST_DELAY
         while True:
             self._answered = False
             try:
                 return attempt()
             except (Unreachable, TryAgain) as error:
                 if self._answered:  # it worked in between: a new outage
-                    since, delay = datetime.now(UTC).astimezone(), FIRST_DELAY
+                    since, delay = datetime.now(UTC), FIRST_DELAY
+                    if isinstance(error, Unreachable):
+                        began = time.monotonic()
                 else:
                     with suppress(Unreachable):
                         self._handshake()  # raises what gRPC does not tell: that a certificate is refused
                 if self._patience is not None and time.monotonic() - began + delay > self._patience:
                     raise
                 pause = delay * random.uniform(0.75, 1)  # noqa: S311  many agents must not come back in step
-                what = "not reachable" if isinstance(error, Unreachable) else error.message
-                self._on_waiting(f"{self.address}: {what} since {since:%H:%M:%S}; next try in {pause:.1f} s")
+                what, reason = error.message, ""
+                if isinstance(error, Unreachable):
+                    what, reason = "not reachable", " " + error.message.partition(_NOT_REACHABLE)[2]
+                self._on_waiting(f"{self.address}: {what} since {since:%H:%M:%S}Z{reason}; next try in {pause:.1f} s")
             self._disconnect()
             if self._stopping.wait(pause):
                 raise Interrupted("stopped while waiting for the aggregator", remedy="start it again to go on")
@@ -482,7 +488,7 @@ class Client:
             raise _foreign_server(self.address, error.verify_message) from error
         except OSError as error:
             tls_reason = error.reason if isinstance(error, ssl.SSLError) else None
-            if tls_reason and (refusal := _handshake_refusal(tls_reason)):
+            if tls_reason and (refusal := _handshake_refusal(self.address, tls_reason)):
                 raise refusal from error
             raise self._unreachable(tls_reason or error.strerror or str(error)) from error
 
@@ -562,10 +568,10 @@ def inside(folder: Path, name: str) -> Path:
 _CLIENT_REFUSED = re.compile(r"ALERT_(UNKNOWN_CA|CERTIFICATE_\w+|BAD_CERTIFICATE|DECRYPT_ERROR|ACCESS_DENIED)", re.I)
 
 
-def _handshake_refusal(details: str) -> CertificateError | None:
+def _handshake_refusal(address: str, details: str) -> CertificateError | None:
     """The certificate error that a TLS library's text stands for, if it is one."""
     if "CERTIFICATE_VERIFY_FAILED" in details:
-        return _foreign_server("the address", "certificate verify failed")
+        return _foreign_server(address, "certificate verify failed")
     if match := _CLIENT_REFUSED.search(details):
         return _refused_client(match[1].lower().replace("_", " "))
     return None
@@ -592,4 +598,4 @@ def _uris(certificate: Mapping[str, Any]) -> list[str]:
 
 def _reason(details: str) -> str:
     """The last cause in gRPC's text, without the addresses that it tried."""
-    return details.rpartition("last error: ")[2].rpartition(": ")[2] or "no answer"
+    return details.rpartition("last error: ")[2].rpartition(": ")[2].rstrip("]") or "no answer"

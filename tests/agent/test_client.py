@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import socket
 import ssl
 import struct
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, load_pem_priv
 from agent.ledger import read_ledger
 from datavector.errors import AlreadyWithdrawn, CertificateError, Unreachable
 from datavector.merge.batchnorm import Moments
+from datavector.wire.certs import init_authority
 
 IDENTITY = "spiffe://datavector.local/aggregator"
 
@@ -40,7 +43,7 @@ def test_a_patient_agent_waits_for_an_aggregator_that_stops_while_it_is_asked(re
     client = connect(link.address, patience_seconds=None, on_waiting=back_again)
     assert client.describe().hospital == "north"
     assert waited
-    assert "not reachable since" in waited[0]
+    assert re.match(rf"{link.address}: not reachable since \d\d:\d\d:\d\dZ \(.+\); next try in ", waited[0])
 
 
 def test_a_patient_agent_that_asks_who_the_server_is_waits_for_it_too(receiver, connect, cut_link, authority):
@@ -60,6 +63,36 @@ def test_an_aggregator_that_hangs_up_again_and_again_refuses_the_certificate(rec
 def test_an_absent_aggregator_has_no_identity(connect):
     with pytest.raises(Unreachable, match=r"localhost:1 is not reachable \(Connection refused\)"):
         connect("localhost:1").server_identity()
+
+
+def test_a_name_that_nobody_has_is_told_as_such(connect):
+    with pytest.raises(Unreachable, match=r"is not reachable \([^][()]+\);"):
+        connect("aggregator.invalid:1").describe()
+
+
+def test_a_server_of_another_authority_is_named(receiver, connect, tmp_path):
+    init_authority(tmp_path / "other")
+    client = connect(receiver.address)
+    client.credentials = replace(client.credentials, ca=tmp_path / "other" / "ca.crt")
+    with pytest.raises(CertificateError, match=f"the server at {receiver.address} shows a certificate"):
+        client.describe()
+
+
+def test_patience_ends_that_long_after_the_last_sign_of_life(connect, monkeypatch):
+    client = connect("localhost:1", patience_seconds=60)
+    monkeypatch.setattr(client._stopping, "wait", lambda _: False)
+    clock, calls = [0.0], []
+    monkeypatch.setattr("agent.client.time.monotonic", lambda: clock[0])
+
+    def attempt():
+        client._answered = len(calls) == 1  # in the second call something arrives before the link is cut
+        clock[0] += 50
+        calls.append(clock[0])
+        raise client._unreachable("Connection refused")
+
+    with pytest.raises(Unreachable):
+        client.patiently(attempt)
+    assert calls == [50, 100, 150, 200]
 
 
 def test_a_visit_that_waits_for_the_link_is_not_left_after_a_withdrawal(receiver, connect, cut_link, small_base):
@@ -82,14 +115,20 @@ def test_a_visit_that_waits_for_the_link_is_not_left_after_a_withdrawal(receiver
 def test_a_meeting_gets_no_layer_after_a_withdrawal(receiver, connect, small_base):
     receiver.calibrate(small_base, "small-1", "north", mode="meeting", quorum=1, visits=1)
     client = connect(receiver.address)
-    (task,) = client.list_tasks().tasks
-    with pytest.raises(AlreadyWithdrawn), client.meet(task, images=1) as meeting:
-        meeting.pool("bn0", moments(2))
-        sent = meeting._bytes
-        client.ledger.decide("withdrawal", task.base_digest)
-        meeting.pool("bn1", moments(3))
+    left = []
+
+    def meet():
+        (task,) = client.list_tasks().tasks
+        with client.meet(task, images=1) as meeting:
+            meeting.pool("bn0", moments(2))
+            left.append(meeting._sending.entry.bytes)
+            client.ledger.decide("withdrawal", task.base_digest)
+            meeting.pool("bn1", moments(3))
+
+    with pytest.raises(AlreadyWithdrawn):
+        meet()
     last = read_ledger(client.ledger.path)[-1]
-    assert (last.what, last.state, last.bytes) == ("meeting", "unconfirmed", sent)
+    assert (last.what, last.state, [last.bytes]) == ("meeting", "unconfirmed", left)
 
 
 def moments(channels):
