@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from google.protobuf.json_format import MessageToDict, Parse
+from google.protobuf.json_format import MessageToDict, Parse, ParseError
 
 from agent import preflight
 from agent.ledger import Ledger
@@ -30,6 +30,8 @@ from datavector.wire.v1.exchange_pb2 import PolicyInfo, VectorInfo
 if TYPE_CHECKING:
     from agent.train import EpochReport
     from datavector.data.images import ImageSet
+
+Stored = TypeVar("Stored", PolicyInfo, VectorInfo)
 
 VECTOR, VECTOR_INFO, POLICY = "vector.safetensors", "vector.json", "policy.json"
 
@@ -245,8 +247,8 @@ def _load_images(site: Site, ready: Ready, splits: Sequence[str] = ("train",)) -
 
 
 def _known_vector(state: Path) -> VectorInfo | None:
-    path = state / VECTOR_INFO
-    return Parse(path.read_text(), VectorInfo()) if path.is_file() else None
+    """How the vector was announced. Where that is lost it is announced anew: the aggregator knows it by its digest."""
+    return _stored(state / VECTOR_INFO, VectorInfo())
 
 
 def _policy(site: Site) -> tuple[PolicyInfo, str]:
@@ -263,9 +265,19 @@ def _policy(site: Site) -> tuple[PolicyInfo, str]:
 
 def _last_policy(settings: AgentSettings) -> PolicyInfo | None:
     """The policy at the last start, if it is still the one to take part in."""
-    path = settings.state / POLICY
-    if not path.is_file():
+    policy = _stored(settings.state / POLICY, PolicyInfo())
+    if policy is None or not policy.base_digest:
         return None
-    policy = Parse(path.read_text(), PolicyInfo())
     fits = settings.policy in (None, policy.name) and settings.base in (None, policy.base_digest)
     return policy if fits else None
+
+
+def _stored(path: Path, message: Stored) -> Stored | None:
+    """Fills a message with what an earlier start left; None where that is absent, damaged or of a newer version."""
+    try:
+        return Parse(path.read_text(), message)
+    except FileNotFoundError:
+        return None
+    except (ParseError, ValueError) as error:
+        say(f"{path} cannot be read and is made anew ({' '.join(str(error).split())})")
+        return None

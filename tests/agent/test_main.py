@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from PIL import Image
 
-from agent.main import Ready, _load_images
+from agent.main import POLICY, VECTOR, VECTOR_INFO, Ready, _last_policy, _load_images, train_vector
 from agent.metrics import Metrics
 from agent.preflight import IMAGES
 from agent.site import Site
@@ -77,3 +77,25 @@ def test_what_lies_beside_decoded_images_is_not_removed(base, records, tmp_path)
     own.touch()
     _load_images(site, Ready(PolicyInfo(), base, records))
     assert own.is_file()
+
+
+DAMAGED = (b"", b'{"sha256": "ab', b"\xff\xfe", b"[]", b'{"ofANewerVersion": 1}', b'{"sequence": "x"}')
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_a_damaged_policy_is_as_good_as_none(tmp_path, content):
+    (tmp_path / POLICY).write_bytes(content)
+    assert _last_policy(settings_of(tmp_path)) is None
+
+
+def test_a_damaged_announcement_of_the_vector_is_made_anew(base, records, tmp_path, capsys):
+    settings = settings_of(tmp_path / "state", tmp_path / "data")
+    training = settings.training.model_copy(update={"epochs": 1, "device": "cpu"})
+    site = Site(settings.model_copy(update={"training": training}), None, Metrics())
+    ready = Ready(PolicyInfo(last_sequence=4), base, records[1:])
+    first = train_vector(site, ready)
+    for content in DAMAGED:
+        (settings.state / VECTOR_INFO).write_bytes(content)
+        assert train_vector(site, ready) == first
+    assert first.size == (settings.state / VECTOR).stat().st_size
+    assert f"{settings.state / VECTOR_INFO} cannot be read and is made anew" in capsys.readouterr().out
