@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -21,11 +22,15 @@ from agent.metrics import Metrics
 from agent.proxy import find_proxy
 from agent.settings import AgentSettings
 from datavector.console import progress, say
-from datavector.errors import UsageError
+from datavector.errors import DataVectorError, Interrupted, UsageError, recreate
 from datavector.files import fsync, remove_leftovers
 from datavector.release.checksums import SUMS, compare_sums
 
 LEDGER = "ledger.jsonl"
+WITHDRAW_SECONDS = 300  # a person waits, and may run it again: long enough for an aggregator that is started anew
+FETCH_SECONDS = 120  # what arrived is kept, so that giving up costs nothing
+
+_DIGEST = re.compile("sha256:[0-9a-f]{64}")
 
 
 @dataclass
@@ -102,20 +107,47 @@ def withdraw(settings: AgentSettings, *, base_digest: str, reason: str) -> None:
     """Takes this hospital's vectors back, and says which models are revoked by that.
 
     From now on nothing else leaves from this state folder, even while the aggregator cannot be reached.
+
+    Args:
+        base_digest: of the base model that is meant; empty for all.
+    Raises:
+        UsageError: there is no such folder, or that is no digest; nothing was decided.
+        DataVectorError: the decision stands here, but the aggregator has not confirmed it.
     """
+    _demand_state(settings.state)
+    _demand_digest(base_digest)
     Ledger(settings.state / LEDGER).decide(WITHDRAWAL, base_digest)
-    with open_site(settings) as site:
-        reply = site.client.withdraw(base_digest, reason=reason)
+    nothing_leaves = f"nothing{f' for {base_digest}' if base_digest else ''} leaves from here any more"
+    try:
+        with open_site(settings, patience_seconds=WITHDRAW_SECONDS) as site:
+            reply = site.client.withdraw(base_digest, reason=reason)
+    except DataVectorError as error:
+        cure = "" if isinstance(error, Interrupted) else f"{error.remedy}; then "
+        raise recreate(
+            type(error).__name__,
+            f"{error.message}; {nothing_leaves}, but the aggregator has NOT been told yet, or has not confirmed it",
+            f"{cure}run `datavector withdraw` again, until it says what was withdrawn",
+        ) from error
     say(f"withdrawn: {', '.join(reply.vectors) or 'nothing was there'}")
     say(f"revoked: {', '.join(reply.revoked_versions) or 'no version contained it'}")
-    say("nothing leaves any more; to take part again, run `datavector rejoin`")
+    say(f"{nothing_leaves}; to take part again, run `datavector rejoin`")
 
 
 def rejoin(state: Path, *, base_digest: str) -> None:
-    """Lets the agent of a state folder send again after a withdrawal; what was withdrawn stays so."""
+    """Lets the agent of a state folder send again after a withdrawal; what was withdrawn stays so.
+
+    Args:
+        base_digest: of the base model that is meant; empty for all.
+    Raises:
+        UsageError: there is no such folder, or that is no digest; nothing was decided.
+    """
     _demand_state(state)
+    _demand_digest(base_digest)
     Ledger(state / LEDGER).decide(REJOIN, base_digest)
-    say("this hospital takes part again; vectors that were withdrawn are not taken: train with another seed or images")
+    say(
+        f"this hospital takes part again{f' for {base_digest}' if base_digest else ''}; vectors that were withdrawn "
+        "are not taken: train with another seed or images"
+    )
 
 
 def fetch_release(settings: AgentSettings, output: Path, verify: Callable[[Path], None]) -> None:
@@ -128,11 +160,12 @@ def fetch_release(settings: AgentSettings, output: Path, verify: Callable[[Path]
     Raises:
         UsageError: the folder holds something else.
         NotReady: there is none.
+        Unreachable: nobody has answered for FETCH_SECONDS.
     """
     output = output.resolve()
     _demand_replaceable(output)
     partial, old = output.with_name(f".{output.name}.partial"), output.with_name(f".{output.name}.old")
-    with open_site(settings) as site:
+    with open_site(settings, patience_seconds=FETCH_SECONDS) as site:
         release = site.client.describe_release(settings.policy or "")
         targets = {inside(partial, file.name): file for file in release.files}
         with progress(f"release {release.version}") as show:
@@ -178,4 +211,15 @@ def print_ledger(state: Path, *, as_json: bool) -> None:
 
 def _demand_state(state: Path) -> None:
     if not state.is_dir():
-        raise UsageError(f"{state} is no folder", remedy="give the agent's state folder, or its configuration file")
+        raise UsageError(
+            f"the state folder {state.absolute()} is no folder",
+            remedy="give the agent's own with --state or --config; if it is lost, make an empty one",
+        )
+
+
+def _demand_digest(base_digest: str) -> None:
+    if base_digest and not _DIGEST.fullmatch(base_digest):
+        raise UsageError(
+            f"--base {base_digest} is no digest of a base model",
+            remedy="give sha256: and 64 digits, as `datavector agent ledger --json` shows; leave --base out for all",
+        )
