@@ -68,15 +68,16 @@ BatchNorm calibration: {_calibration(release["calibration"])}
 
 ## Use
 
-Input `images`: uint8, shape (batch, height, width, 3), RGB, any height and width; images of one batch share them.
+Input `images`: uint8, shape (batch, height, width, 3), RGB, upright, any height and width; images of one batch
+share them. A file's EXIF orientation is the client's to apply.
 The graph squashes them to {size} x {size} pixels (antialiased bilinear), normalises them and runs the network. Outputs
 `logits` and `probabilities`: float32, shape (batch, {len(release["classes"])}), columns in the order of `labels.txt`.
 Greyscale images are repeated over three channels; scale those of more than 8 bits to 0..255 first.
 
 ```python
-import json, numpy as np, onnxruntime as ort; from PIL import Image
+import json, numpy as np, onnxruntime as ort; from PIL import Image, ImageOps
 session = ort.InferenceSession("1/model.onnx")
-image = np.asarray(Image.open("image.png").convert("RGB"))[None]
+image = np.asarray(ImageOps.exif_transpose(Image.open("image.png")).convert("RGB"))[None]
 probabilities = session.run(["probabilities"], {{"images": image}})[0][0]
 labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
 ```

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import ExifTags, Image
 
 from agent.client import Client, Credentials
 from agent.ledger import Ledger
@@ -118,7 +119,11 @@ def test_everything_that_left_is_in_the_ledger_with_the_bytes_that_arrived(site:
 
 def assert_the_readmes_client_agrees_with_predict(site: Site, release: Path, folder: Path) -> None:
     """Runs the code that README.md shows, as it stands there but for the paths."""
-    image = next((site.data / "south" / "melanoma").glob("*.png"))
+    image = folder / "on its side.png"
+    orientation = Image.Exif()
+    orientation[ExifTags.Base.Orientation] = 6
+    with Image.open(next((site.data / "south" / "melanoma").glob("*.png"))) as upright:
+        upright.save(image, exif=orientation)
     code = re.search(r"```python\n(import json.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert code
     program = code[1].replace('"demo-out/release/', f'"{release}/').replace('"image.jpg"', f'"{image}"')

@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import ExifTags, Image
 from torch import nn
 
 from datavector.data.images import resize
@@ -25,6 +26,7 @@ from datavector.networks import preprocess
 from datavector.release import verify_release, write_release
 from datavector.release.card import model_card
 from datavector.release.export import Served, export_onnx, fold_batchnorm, torch_logits
+from datavector.release.predict import predict
 from datavector.release.probes import draw_probes, load_probes
 from datavector.release.runtime import onnx_logits, open_session
 from tests.datavector.release.samples import ARCHITECTURES, CLASSES, INPUT, lineage, tiny, tiny_base
@@ -99,6 +101,19 @@ def test_the_model_card_names_hospitals_calibration_and_limits(tiny_release: Pat
     assert "sum (scale = 1.0)" in card
     assert "unvalidated" in card
     assert "not a medical device" in card
+
+
+def test_the_model_cards_client_turns_an_image_upright_as_predict_does(tiny_release: Path, tmp_path: Path) -> None:
+    orientation = Image.Exif()
+    orientation[ExifTags.Base.Orientation] = 6
+    Image.fromarray(draw_probes()[2][0]).save(tmp_path / "image.png", exif=orientation)
+    card = (tiny_release / "MODEL_CARD.md").read_text(encoding="utf-8")
+    found = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert found
+    program = found[1].replace('"1/', f'"{tiny_release}/1/') + "print(probabilities.tolist())"
+    shown = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    (expected,) = predict(tiny_release, [tmp_path / "image.png"])
+    assert json.loads(shown.stdout) == pytest.approx(list(expected["probabilities"].values()), abs=1e-6)
 
 
 def test_a_name_cannot_write_markup_into_the_model_card(tiny_release: Path) -> None:
