@@ -11,6 +11,7 @@ from typing import TypeVar
 from agent.client import Client
 from agent.ledger import Ledger
 from agent.settings import AgentSettings
+from agent.site import AGENT
 from datavector.checks import check_records
 from datavector.data.records import Record, assign_splits, read_records
 from datavector.errors import BaseModelError, DataVectorError, DiskFull, ProtocolError, UsageError, WrongHospital
@@ -95,7 +96,7 @@ def state(settings: AgentSettings) -> str:
         settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(settings.state, os.W_OK):
             raise UsageError(f"{settings.state} is not writable", remedy="mount it writable for this user")
-        claim_folder(settings.state, "agent")
+        claim_folder(settings.state, AGENT)
         if settings.state.stat().st_uid == os.geteuid():
             settings.state.chmod(0o700)  # patients' images lie there
     except OSError as error:

@@ -23,10 +23,11 @@ from agent.proxy import find_proxy
 from agent.settings import AgentSettings
 from datavector.console import progress, say
 from datavector.errors import DataVectorError, Interrupted, UsageError, recreate
-from datavector.files import fsync, remove_leftovers
+from datavector.files import claim_folder, fsync, remove_leftovers
 from datavector.release.checksums import SUMS, compare_sums
 
 LEDGER = "ledger.jsonl"
+AGENT = "agent"  # whose a state folder is
 WITHDRAW_SECONDS = 300  # a person waits, and may run it again: long enough for an aggregator that is started anew
 FETCH_SECONDS = 120  # what arrived is kept, so that giving up costs nothing
 
@@ -111,11 +112,12 @@ def withdraw(settings: AgentSettings, *, base_digest: str, reason: str) -> None:
     Args:
         base_digest: of the base model that is meant; empty for all.
     Raises:
-        UsageError: there is no such folder, or that is no digest; nothing was decided.
+        UsageError: there is no such folder, it is not the agent's, or that is no digest; nothing was decided.
         DataVectorError: the decision stands here, but the aggregator has not confirmed it.
     """
     _demand_state(settings.state)
     _demand_digest(base_digest)
+    claim_folder(settings.state, AGENT)
     Ledger(settings.state / LEDGER).decide(WITHDRAWAL, base_digest)
     nothing_leaves = f"nothing{f' for {base_digest}' if base_digest else ''} leaves from here any more"
     try:
@@ -139,10 +141,11 @@ def rejoin(state: Path, *, base_digest: str) -> None:
     Args:
         base_digest: of the base model that is meant; empty for all.
     Raises:
-        UsageError: there is no such folder, or that is no digest; nothing was decided.
+        UsageError: there is no such folder, it is not the agent's, or that is no digest; nothing was decided.
     """
     _demand_state(state)
     _demand_digest(base_digest)
+    claim_folder(state, AGENT)
     Ledger(state / LEDGER).decide(REJOIN, base_digest)
     say(
         f"this hospital takes part again{f' for {base_digest}' if base_digest else ''}; vectors that were withdrawn "

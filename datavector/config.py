@@ -101,8 +101,9 @@ def _section(kind: type[Section], key: str) -> type[Section] | None:
 
 def _problem(kind: type[Section], path: tuple[int | str, ...], problem: str, message: str) -> str:
     """A sentence about one setting: of a group that is missing, its settings; of a wrong form, the right one."""
-    where, (*sections, last) = ".".join(map(str, path)), map(str, path)
-    for name in sections:
+    names = [str(name) for name in path]
+    where, last = ".".join(names), names[-1]
+    for name in names[:-1]:
         kind = _section(kind, name) or kind
     if problem == "missing" and (group := _section(kind, last)):
         needed = [f"{where}.{name}" for name, field in group.model_fields.items() if field.is_required()]

@@ -62,7 +62,7 @@ def claim_folder(folder: Path, owner: str) -> None:
     if strange:
         raise UsageError(
             f"{folder} holds other files ({strange[0]}), and was not made by the {owner}",
-            remedy=f"give the {owner} a folder of its own: files in it are replaced and removed",
+            remedy=f"give the {owner} a folder of its own, where it may remove files; if this is one, create {mark}",
         )
     mark.touch()
 

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from agent import site
+from agent import preflight, site
 from agent.ledger import Ledger, read_ledger
 from agent.settings import AgentSettings, Tls
 from datavector.errors import AlreadyWithdrawn, CertificateError, Interrupted, Unreachable, UsageError
@@ -55,6 +55,20 @@ def test_a_withdrawal_names_the_base_that_it_is_about(receiver, settings_for, ca
     site.withdraw(settings, base_digest="", reason="")
     assert "nothing leaves from here any more" in capsys.readouterr().out
     assert decisions(settings) == [("withdrawal", DIGEST), ("rejoin", DIGEST), ("withdrawal", "")]
+
+
+def test_a_withdrawal_from_a_folder_with_other_files_is_refused(settings_for):
+    settings = settings_for("localhost:1")
+    (settings.state / "notes.txt").touch()
+    with pytest.raises(UsageError, match=r"holds other files \(notes.txt\)"):
+        site.withdraw(settings, base_digest="", reason="")
+    assert [path.name for path in settings.state.iterdir()] == ["notes.txt"]
+
+
+def test_after_a_withdrawal_from_an_empty_folder_it_is_the_agents(receiver, settings_for):
+    settings = settings_for(receiver.address)
+    site.withdraw(settings, base_digest="", reason="")
+    preflight.state(settings)
 
 
 def test_a_withdrawal_from_a_folder_that_is_not_there_is_refused_and_makes_none(receiver, settings_for, tmp_path):

@@ -12,8 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from datavector.errors import DiskFull
-from datavector.files import atomic_write, canonical_json, disk_full_at, remove_leftovers, sha256_file, write_json
+from datavector.errors import DiskFull, UsageError
+from datavector.files import (
+    atomic_write,
+    canonical_json,
+    claim_folder,
+    disk_full_at,
+    remove_leftovers,
+    sha256_file,
+    write_json,
+)
 
 
 def test_a_file_replaces_the_one_before_it(tmp_path):
@@ -82,6 +90,17 @@ os._exit(0)
     remove_leftovers(tmp_path)
     assert list((tmp_path / "deep").iterdir()) == []
     assert {path.name for path in tmp_path.iterdir()} == others
+
+
+def test_a_folder_is_claimed_while_it_is_empty_and_then_belongs_to_its_owner(tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    claim_folder(tmp_path, "agent")
+    (tmp_path / "ledger").touch()
+    claim_folder(tmp_path, "agent")
+    with pytest.raises(
+        UsageError, match=r"holds other files \(\.datavector-agent\), and was not made by the aggregator"
+    ):
+        claim_folder(tmp_path, "aggregator")
 
 
 def test_where_no_folder_is_nothing_is_left_over(tmp_path):
