@@ -199,6 +199,8 @@ def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
     while True:
         served = server.serve_waiting()
         if not until_stopped:
+            if not served.waiting:
+                say("no task waits for this hospital")
             if served.failed:
                 raise TryAgain(f"not served: {', '.join(served.failed)}", remedy="see above, then run it again")
             return
@@ -226,7 +228,7 @@ def _load_images(site: Site, ready: Ready, splits: Sequence[str] = ("train",)) -
 
             def advance(done: int, total: int, show: Callable[[int, int], None] = show) -> None:
                 if site.stop.is_set():
-                    raise Interrupted("stopped while decoding images", remedy="start it again: it decodes them anew")
+                    raise Interrupted("stopped while decoding images", remedy="start it again to go on")
                 show(done, total)
 
             images = load_images(

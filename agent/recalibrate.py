@@ -31,8 +31,8 @@ CHUNK = 1 << 24  # values that are widened to float64 at once (128 MiB)
 LIVE_LAYERS = 4  # a layer's input, its output, a residual and the convolution's workspace are in memory together
 MEMORY_SHARE = 0.5  # of what is free, for a visit or a meeting
 FEWEST = 16  # images that a visit or a meeting is worth: of fewer, a deep layer's statistics are mostly noise
-# Bytes for a hospital's own statistics, whatever is free: the same training must end in the same vector. A machine that
-# trains with the usual batches has this much (682 images for EfficientNet-Lite0 at 128 pixels).
+# Bytes for a hospital's own statistics, whatever is free: the same training must end in the same vector. It is room for
+# 682 images with EfficientNet-Lite0 at 128 pixels, and several times what training takes (docs/batchnorm.md).
 BUDGET = 4 << 30
 # Limit, use and statistics of the control group's memory, and its files that can be dropped: versions 2 and 1.
 CONTROL_GROUPS = (

@@ -28,10 +28,12 @@ class Served:
 
     Attributes:
         poll_seconds: after which it is worth asking again.
+        waiting: how many there were.
         failed: tasks that are still wanted, by id.
     """
 
     poll_seconds: float
+    waiting: int
     failed: tuple[str, ...]
 
 
@@ -58,7 +60,7 @@ class TaskServer:
         self._forget_all_but({task.version for task in reply.tasks})
         visits_first = sorted(reply.tasks, key=lambda task: task.kind == TASK_KIND_RECALIBRATE_MEETING)
         failed = tuple(task.id for task in visits_first if not self._serve(task))
-        return Served(float(reply.poll_seconds), failed)
+        return Served(float(reply.poll_seconds), len(reply.tasks), failed)
 
     def _serve(self, task: Task) -> bool:
         """Returns whether there is nothing left to do for it."""

@@ -16,7 +16,7 @@ import pytest
 from agent.client import Client, Credentials
 from agent.ledger import Ledger
 from agent.upload import upload
-from datavector.files import sha256_file
+from datavector.files import claim_folder, sha256_file
 from datavector.layout import write_tensors
 from datavector.merge import merge_vectors
 from datavector.model import BaseModel
@@ -111,8 +111,7 @@ def test_an_agent_killed_in_training_stopped_and_alone_delivers_the_vector_of_an
         return site.agent("north", address, "--once", state=site.folder / name, training=training)
 
     for name in ("undisturbed", "again"):
-        shutil.copytree(site.folder / "north" / "state" / "bases", site.folder / name / "bases")
-        shutil.copy(site.folder / "north" / "state" / "policy.json", site.folder / name)
+        make_state(site, name)
     agent = start("undisturbed")
     agent.wait_for(f"{address}: not reachable since ")
     assert agent.terminate() == 1
@@ -145,9 +144,7 @@ def test_an_agent_killed_in_training_stopped_and_alone_delivers_the_vector_of_an
 
 
 def test_several_training_processes_leave_with_their_agent_and_no_image_stays_behind(site: Site):
-    state = site.folder / "several"
-    shutil.copytree(site.folder / "north" / "state" / "bases", state / "bases")
-    shutil.copy(site.folder / "north" / "state" / "policy.json", state)
+    state = make_state(site, "several")
 
     def start() -> Process:
         training = {"epochs": 50, "batch_size": 4, "processes": 2, "device": "cpu"}
@@ -166,6 +163,16 @@ def test_several_training_processes_leave_with_their_agent_and_no_image_stays_be
     assert "training stopped in epoch" in agent.output
     assert "Traceback" not in agent.output
     assert sorted(path.name for path in (state / "training").iterdir()) == ["best.safetensors", "checkpoint.pt"]
+
+
+def make_state(site: Site, name: str) -> Path:
+    """A state folder with the base model and the policy of north's, so that training needs no aggregator."""
+    known, state = site.folder / "north" / "state", site.folder / name
+    state.mkdir()
+    claim_folder(state, "agent")
+    shutil.copytree(known / "bases", state / "bases")
+    shutil.copy(known / "policy.json", state)
+    return state
 
 
 def kill_while_writing(aggregator: Aggregator, job: int) -> None:
