@@ -73,7 +73,6 @@ from datavector.wire.v1.exchange_pb2_grpc import ExchangeStub
 FIRST_DELAY, LONGEST_DELAY = 0.5, 2.5  # seconds between tries
 CALL_SECONDS = 60.0
 CONNECT_SECONDS = 5
-_NOT_REACHABLE = " is not reachable "
 HANG_UPS = 3  # in a row, each right after the handshake, that are a refusal: fewer are chance, a server that stops
 
 Result = TypeVar("Result")
@@ -250,12 +249,12 @@ class Client:
         ]
         content = b"".join(message.SerializeToString(deterministic=True) for message in messages)
         with self._sending("visit", content=content, base=task.base_digest, version=task.version) as sending:
-
-            def attempt() -> VisitReply:
-                sending.demand_consent()
-                return self.result(self._stub().CompleteVisit.future(iter(messages), timeout=CALL_SECONDS), VisitReply)
-
-            return self.patiently(attempt)
+            return self.patiently(
+                lambda: self.result(
+                    self._stub().CompleteVisit.future(iter(messages), timeout=CALL_SECONDS), VisitReply
+                ),
+                sending,
+            )
 
     @contextmanager
     def meet(self, task: Task, *, images: int, wait_seconds: int = 0) -> Iterator[Meeting]:
@@ -365,14 +364,18 @@ class Client:
 
     def _unreachable(self, reason: str) -> Unreachable:
         return Unreachable(
-            f"the aggregator at {self.address}{_NOT_REACHABLE}({reason})",
+            f"the aggregator at {self.address} is not reachable ({reason})",
             remedy="check the address, the network, and whether the aggregator runs",
+            reason=reason,
         )
 
-    def patiently(self, attempt: Callable[[], Result]) -> Result:
+    def patiently(self, attempt: Callable[[], Result], sending: Sending | None = None) -> Result:
         """Tries until it works, with growing pauses, while the reason is one that passes.
 
+        Args:
+            sending: what leaves with a try, for which the hospital's consent is then asked before each.
         Raises:
+            AlreadyWithdrawn: the hospital has withdrawn since `sending` began.
             Unreachable, TryAgain: patience is at its end.
             Interrupted: `interrupt` was called.
             DataVectorError: the aggregator refuses, or the certificates do not fit; these are not tried again.
@@ -380,6 +383,8 @@ class Client:
         began, since, delay = time.monotonic(), datetime.now(UTC), FIRST_DELAY
         while True:
             self._answered = False
+            if sending is not None:
+                sending.demand_consent()
             try:
                 return attempt()
             except (Unreachable, TryAgain) as error:
@@ -395,7 +400,7 @@ class Client:
                 pause = delay * random.uniform(0.75, 1)  # noqa: S311  many agents must not come back in step
                 what, reason = error.message, ""
                 if isinstance(error, Unreachable):
-                    what, reason = "not reachable", " " + error.message.partition(_NOT_REACHABLE)[2]
+                    what, reason = "not reachable", f" ({error.reason})"
                 self._on_waiting(f"{self.address}: {what} since {since:%H:%M:%S}Z{reason}; next try in {pause:.1f} s")
             self._disconnect()
             if self._stopping.wait(pause):

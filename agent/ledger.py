@@ -23,6 +23,7 @@ from datavector.errors import AlreadyWithdrawn, UnreadableData
 from datavector.files import disk_full_at, fsync
 
 State = Literal["sending", "sent", "unconfirmed", "decided"]
+Decision = Literal["withdrawal", "rejoin"]
 
 WITHDRAWAL: Final = "withdrawal"
 REJOIN: Final = "rejoin"
@@ -114,7 +115,7 @@ class Ledger:
             self._decided = now, decisions
         return decisions
 
-    def decide(self, what: Literal["withdrawal", "rejoin"], base: str = "") -> None:
+    def decide(self, what: Decision, base: str = "") -> None:
         """Records what a person decided, for one base model or (empty) for all. It holds at once, whoever is told."""
         self.append(Entry(_now(), "decided", what, 0, "", "nobody", base))
 

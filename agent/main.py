@@ -155,7 +155,8 @@ def train_vector(site: Site, ready: Ready) -> VectorInfo:
     vector = settings.state / VECTOR
     sha256 = write_vector(vector, base, result.tensors(base))
     say(f"trained on {result.images} images, kept epoch {result.epoch}; vector of {vector.stat().st_size:,} bytes")
-    known = _known_vector(settings.state)
+    # How it was announced. Where that is lost it is announced anew: the aggregator knows a vector by its digest.
+    known = _stored(settings.state / VECTOR_INFO, VectorInfo())
     if known is None or (known.sha256, known.base_digest) != (sha256, base.digest):
         sequence = 1 + max(ready.policy.last_sequence, known.sequence if known else 0)
         known = VectorInfo(
@@ -225,19 +226,13 @@ def _load_images(site: Site, ready: Ready, splits: Sequence[str] = ("train",)) -
     sets: list[ImageSet] = []
     for split in splits:
         with progress(f"decoding {split} images") as show:
-
-            def advance(done: int, total: int, show: Callable[[int, int], None] = show) -> None:
-                if site.stop.is_set():
-                    raise Interrupted("stopped while decoding images", remedy="start it again to go on")
-                show(done, total)
-
             images = load_images(
                 records[split],
                 base.classes,
                 base.input.size,
                 cache=cache,
                 max_corrupt=1,  # judged below, over all splits: one of few validation images may well be corrupt
-                progress=advance,
+                progress=partial(_advance, site, show),
             )
         for path, reason in images.corrupt:
             say(f"corrupt image left out: {path} ({reason})")
@@ -248,9 +243,11 @@ def _load_images(site: Site, ready: Ready, splits: Sequence[str] = ("train",)) -
     return sets
 
 
-def _known_vector(state: Path) -> VectorInfo | None:
-    """How the vector was announced. Where that is lost it is announced anew: the aggregator knows it by its digest."""
-    return _stored(state / VECTOR_INFO, VectorInfo())
+def _advance(site: Site, show: Callable[[int, int], None], done: int, total: int) -> None:
+    """Shows how far the decoding is, unless it shall stop."""
+    if site.stop.is_set():
+        raise Interrupted("stopped while decoding images", remedy="start it again to go on")
+    show(done, total)
 
 
 def _policy(site: Site) -> tuple[PolicyInfo, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -16,7 +15,7 @@ from datavector.checks import check_records
 from datavector.data.records import Record, assign_splits, read_records
 from datavector.errors import BaseModelError, DataVectorError, DiskFull, ProtocolError, UsageError, WrongHospital
 from datavector.files import claim_folder, fsync
-from datavector.model import FILES, BaseModel
+from datavector.model import DIGEST, FILES, BaseModel
 from datavector.wire.certs import check_certificate
 from datavector.wire.v1.exchange_pb2 import PolicyInfo
 
@@ -158,7 +157,7 @@ def base_model(settings: AgentSettings, client: Client, policy: PolicyInfo) -> t
         BaseModelError, WrongDigest: what is there, or arrives, is not what the digest says.
     """
     digest = policy.base_digest
-    if not re.fullmatch("sha256:[0-9a-f]{64}", digest):  # it becomes a path here
+    if not DIGEST.fullmatch(digest):  # it becomes a path here
         raise ProtocolError(
             f"policy {policy.name} names its base model {digest!r}", remedy="do not trust it: ask the aggregation site"
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -17,21 +16,20 @@ from pathlib import Path
 from types import FrameType
 
 from agent.client import Client, Credentials, inside
-from agent.ledger import REJOIN, WITHDRAWAL, Ledger, read_ledger
+from agent.ledger import REJOIN, WITHDRAWAL, Decision, Ledger, read_ledger
 from agent.metrics import Metrics
 from agent.proxy import find_proxy
 from agent.settings import AgentSettings
 from datavector.console import progress, say
 from datavector.errors import DataVectorError, Interrupted, UsageError, recreate
 from datavector.files import claim_folder, fsync, remove_leftovers
+from datavector.model import DIGEST
 from datavector.release.checksums import SUMS, compare_sums
 
 LEDGER = "ledger.jsonl"
 AGENT = "agent"  # whose a state folder is
 WITHDRAW_SECONDS = 300  # a person waits, and may run it again: long enough for an aggregator that is started anew
 FETCH_SECONDS = 120  # what arrived is kept, so that giving up costs nothing
-
-_DIGEST = re.compile("sha256:[0-9a-f]{64}")
 
 
 @dataclass
@@ -115,10 +113,7 @@ def withdraw(settings: AgentSettings, *, base_digest: str, reason: str) -> None:
         UsageError: there is no such folder, it is not the agent's, or that is no digest; nothing was decided.
         DataVectorError: the decision stands here, but the aggregator has not confirmed it.
     """
-    _demand_state(settings.state)
-    _demand_digest(base_digest)
-    claim_folder(settings.state, AGENT)
-    Ledger(settings.state / LEDGER).decide(WITHDRAWAL, base_digest)
+    _decide(settings.state, WITHDRAWAL, base_digest)
     nothing_leaves = f"nothing{f' for {base_digest}' if base_digest else ''} leaves from here any more"
     try:
         with open_site(settings, patience_seconds=WITHDRAW_SECONDS) as site:
@@ -143,14 +138,22 @@ def rejoin(state: Path, *, base_digest: str) -> None:
     Raises:
         UsageError: there is no such folder, it is not the agent's, or that is no digest; nothing was decided.
     """
-    _demand_state(state)
-    _demand_digest(base_digest)
-    claim_folder(state, AGENT)
-    Ledger(state / LEDGER).decide(REJOIN, base_digest)
+    _decide(state, REJOIN, base_digest)
     say(
         f"this hospital takes part again{f' for {base_digest}' if base_digest else ''}; vectors that were withdrawn "
         "are not taken: train with another seed or images"
     )
+
+
+def _decide(state: Path, what: Decision, base_digest: str) -> None:
+    _demand_state(state)
+    if base_digest and not DIGEST.fullmatch(base_digest):
+        raise UsageError(
+            f"--base {base_digest} is no digest of a base model",
+            remedy="give sha256: and 64 digits, as `datavector agent ledger --json` shows; leave --base out for all",
+        )
+    claim_folder(state, AGENT)
+    Ledger(state / LEDGER).decide(what, base_digest)
 
 
 def fetch_release(settings: AgentSettings, output: Path, verify: Callable[[Path], None]) -> None:
@@ -217,12 +220,4 @@ def _demand_state(state: Path) -> None:
         raise UsageError(
             f"the state folder {state.absolute()} is no folder",
             remedy="give the agent's own with --state or --config; if it is lost, make an empty one",
-        )
-
-
-def _demand_digest(base_digest: str) -> None:
-    if base_digest and not _DIGEST.fullmatch(base_digest):
-        raise UsageError(
-            f"--base {base_digest} is no digest of a base model",
-            remedy="give sha256: and 64 digits, as `datavector agent ledger --json` shows; leave --base out for all",
         )

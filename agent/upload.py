@@ -10,7 +10,7 @@ from agent.client import Client, Progress
 from agent.ledger import Sending
 from datavector.errors import TryAgain
 from datavector.wire.chunks import CHUNK, frame_chunk
-from datavector.wire.v1.exchange_pb2 import BeginUploadReply, UploadFinal, UploadOpen, UploadRequest, VectorInfo
+from datavector.wire.v1.exchange_pb2 import UploadFinal, UploadOpen, UploadRequest, VectorInfo
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,8 @@ def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progres
         Unreachable: the client's patience is at its end.
         Interrupted: the client was interrupted; calling again goes on from the durable offset.
     """
-
-    def begin(sending: Sending) -> BeginUploadReply:
-        sending.demand_consent()
-        return client.begin_upload(info)
-
     with client.announcing(info) as announcing:
-        begun = client.patiently(lambda: begin(announcing))
+        begun = client.patiently(lambda: client.begin_upload(info), announcing)
     if begun.committed:
         return Delivery(begun.vector, 0)
     sent = 0
@@ -53,7 +48,7 @@ def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progres
             on_progress(offset, info.size)
 
     def attempt() -> str:
-        begun = begin(sending)
+        begun = client.begin_upload(info)
         if begun.committed:
             return str(begun.vector)
         try:
@@ -64,7 +59,7 @@ def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progres
 
     with client.sending_vector(info) as sending:
         sending.measured(bytes=0, sha256=info.sha256)
-        return Delivery(client.patiently(attempt), sent)
+        return Delivery(client.patiently(attempt, sending), sent)
 
 
 def _messages(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -22,14 +21,14 @@ from aggregator.calibration import Calibrations, batchnorm_channels
 from aggregator.gate import Behaviour, Call, Gate
 from aggregator.metrics import Metrics
 from aggregator.registry import Registry
-from aggregator.resources import MergePolicy, ModelVersion, Phase
+from aggregator.resources import MergePolicy, ModelVersion, Phase, last_sequence
 from aggregator.settings import Limits, ReceiverSettings
 from aggregator.store import Store, find_bases
 from aggregator.uploads import Arrival, Uploads
 from datavector.errors import BaseModelError, CertificateError, NotFound, NotReady, ProtocolError, UsageError
 from datavector.files import sha256_file
 from datavector.merge.batchnorm import Moments
-from datavector.model import FILES, BaseModel
+from datavector.model import DIGEST, FILES, BaseModel
 from datavector.wire.certs import check_certificate
 from datavector.wire.chunks import CHUNK, MAX_MESSAGE, read_request
 from datavector.wire.moments import from_message, to_message
@@ -58,7 +57,6 @@ from datavector.wire.v1.exchange_pb2 import (
 
 log = logging.getLogger(__name__)
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 SERVICE = exchange_pb2.DESCRIPTOR.services_by_name["Exchange"]
 
@@ -198,7 +196,7 @@ class Receiver:
                     base_files=await _infos({name: base.path / name for name in FILES}) if base else (),
                     waiting_for=self.waiting_for.get(policy.name, ""),
                     ready_version=ready.name if ready else "",
-                    last_sequence=self._last_sequence(call.hospital, base) if base else 0,
+                    last_sequence=last_sequence(self.registry.vectors(), call.hospital, base.digest) if base else 0,
                 )
             )
         return DescribeReply(hospital=call.hospital, policies=policies)
@@ -274,13 +272,6 @@ class Receiver:
         if len(names) != 1:
             raise NotFound(f"there are {len(names)} policies: {', '.join(names)}", remedy="name one: --policy NAME")
         return names[0]
-
-    def _last_sequence(self, hospital: str, base: BaseModel) -> int:
-        specs = [vector.spec for vector in self.registry.vectors()]
-        return max(
-            (spec.sequence for spec in specs if (spec.hospital, spec.base_model_ref) == (hospital, base.digest)),
-            default=0,
-        )
 
     # --- Vectors
 
@@ -373,7 +364,7 @@ class Receiver:
         Raises:
             NotFound: the store does not have it.
         """
-        if digest not in self._bases and _DIGEST.fullmatch(digest) and self.store.base_file(digest, FILES[0]):
+        if digest not in self._bases and DIGEST.fullmatch(digest) and self.store.base_file(digest, FILES[0]):
             self._bases[digest] = await asyncio.to_thread(self.store.base, digest)
         if digest not in self._bases:
             raise NotFound(f"there is no base model {digest!r} here", remedy="ask which ones there are: Describe")

@@ -7,7 +7,7 @@ shape of the MergePolicy resource. Field names are camelCase outside and snake_c
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -120,6 +120,14 @@ class DataVector(Resource):
     @property
     def granted(self) -> bool:
         return self.spec.consent is Consent.GRANTED
+
+
+def last_sequence(vectors: Iterable[DataVector], hospital: str, base_digest: str) -> int:
+    """The highest sequence of a hospital's vectors of a base model; 0 if there are none."""
+    specs = [vector.spec for vector in vectors]
+    return max(
+        (spec.sequence for spec in specs if (spec.hospital, spec.base_model_ref) == (hospital, base_digest)), default=0
+    )
 
 
 # --- MergePolicy ----------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ import numpy as np
 from datavector.errors import BaseModelError, NotFound
 from datavector.files import BLOCK, atomic_write, claim_folder, fsync, remove_leftovers, write_json
 from datavector.merge.batchnorm import Moments
-from datavector.model import DESCRIPTION, FILES, BaseModel
+from datavector.model import DESCRIPTION, DIGEST, FILES, BaseModel
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,6 @@ FOLDERS = {"bases": 0o755, "uploads": 0o700, "blobs": 0o700, "versions": 0o700, 
 
 _PLAIN = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 PART, RECORD = "part", "vector.json"
-
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 class Store:
@@ -93,7 +91,7 @@ class Store:
         Raises:
             BaseModelError: none, or several of that name, or it is altered.
         """
-        if _DIGEST.fullmatch(reference) and self.base_file(reference, DESCRIPTION):
+        if DIGEST.fullmatch(reference) and self.base_file(reference, DESCRIPTION):
             return BaseModel.load(self._base(reference), digest=reference)
         bases = self.bases()
         found = find_bases(bases, reference)

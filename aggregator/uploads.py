@@ -27,6 +27,7 @@ from aggregator.resources import (
     ModelVersion,
     VectorSpec,
     VectorStatus,
+    last_sequence,
     utc_now,
 )
 from aggregator.store import PART, RECORD, Store
@@ -261,20 +262,15 @@ class Uploads:
         """
         vectors = self._registry.vectors()
         vector = next((vector for vector in vectors if vector.name == arrival.name), None)
-        last = max(
-            (
-                each.spec.sequence
-                for each in vectors
-                if (each.spec.hospital, each.spec.base_model_ref) == (arrival.hospital, arrival.base.digest)
-            ),
-            default=0,
-        )
-        if vector is None and arrival.sequence < last:
-            raise Refused(
-                f"{arrival.hospital!r} has sent a newer vector (sequence {last}) than this one ({arrival.sequence})",
-                remedy="to send this one all the same, remove vector.json in the agent's state folder, and start it",
-            )
+        last = last_sequence(vectors, arrival.hospital, arrival.base.digest)
         if vector is None:
+            if arrival.sequence < last:
+                raise Refused(
+                    f"{arrival.hospital!r} has sent a newer vector (sequence {last}) than this one "
+                    f"({arrival.sequence})",
+                    remedy="to send this one all the same, remove vector.json in the agent's state folder, "
+                    "and start it",
+                )
             return None
         if not vector.granted:
             raise AlreadyWithdrawn(

@@ -161,9 +161,17 @@ class NotFound(Refused):
 
 
 class Unreachable(DataVectorError):
-    """No aggregator answers at the configured address; trying again may help."""
+    """No aggregator answers at the configured address; trying again may help.
+
+    Attributes:
+        reason: the network's, if it gave one.
+    """
 
     status = "UNAVAILABLE"
+
+    def __init__(self, message: str, *, remedy: str, reason: str = "") -> None:
+        super().__init__(message, remedy=remedy)
+        self.reason = reason
 
 
 class TryAgain(DataVectorError):

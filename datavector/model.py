@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from datavector.files import canonical_json, sha256_file, write_json
 from datavector.layout import FloatArray, Layout, TensorFile, TensorSpec, write_tensors
 
 FORMAT = "datavector-base/1"
+DIGEST = re.compile("sha256:[0-9a-f]{64}")
 DESCRIPTION = "base.json"
 WEIGHTS = "base.safetensors"
 FILES = (DESCRIPTION, WEIGHTS)
