@@ -1,0 +1,139 @@
+"""Builds Kubernetes' binaries from their Go modules, once for each state of a module, into a cache outside the tree.
+
+By hand, so that no test waits for it: `python -m tests.cluster.build`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+OLDEST_GO = (1, 24)
+
+_VERSION = "k8s.io/component-base/version"
+
+
+class CannotBuild(Exception):
+    """The binaries cannot be built here; the message is one sentence that says why."""
+
+
+@dataclass(frozen=True)
+class Module:
+    """A folder with main.go, go.mod and go.sum.
+
+    Attributes:
+        name: the folder's name, and that of the binary made from its main.go.
+        packages: further commands to build beside it.
+        links: the names that the binary goes by.
+        minutes: how long a build may take on two cores with nothing cached.
+    """
+
+    name: str
+    links: tuple[str, ...]
+    minutes: int
+    packages: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        return tuple(HERE / self.name / file for file in ("main.go", "go.mod", "go.sum"))
+
+
+CONTROL_PLANE = Module(
+    "control-plane",
+    links=("etcd", "kube-apiserver", "kube-controller-manager"),
+    packages=("k8s.io/kubernetes/cmd/kubectl",),
+    minutes=10,
+)
+FLOOR = Module("floor", links=("kube-apiserver",), minutes=6)
+
+
+def build(module: Module) -> Path:
+    """Builds a module, or finds it built.
+
+    Returns:
+        The folder with the binaries.
+
+    Raises:
+        CannotBuild: Go is missing or too old, or it failed.
+    """
+    go = _go_version()
+    folder = _cache() / _digest(module, go)
+    with _locked(_cache() / f"{module.name}.lock"):
+        if not folder.exists():
+            print(f"building Kubernetes ({module.name}): up to {module.minutes} minutes, once", file=sys.stderr)
+            with tempfile.TemporaryDirectory(dir=_cache(), prefix="building-") as unfinished:
+                _compile(module, Path(unfinished) / "bin")
+                (Path(unfinished) / "bin").rename(folder)
+    return folder
+
+
+def _compile(module: Module, folder: Path) -> None:
+    folder.mkdir()
+    version = _kubernetes_version(module)
+    flags = {"gitVersion": version, "gitMajor": "1", "gitMinor": version.split(".")[1]}
+    linker = " ".join(["-s -w", *(f"-X {_VERSION}.{name}={value}" for name, value in flags.items())])
+    answer = subprocess.run(
+        ["go", "build", "-buildvcs=false", "-ldflags", linker, "-o", f"{folder}/", ".", *module.packages],
+        cwd=HERE / module.name,
+        env={**os.environ, "CGO_ENABLED": "0"},
+        capture_output=True,
+        text=True,
+    )
+    if answer.returncode:
+        last = (answer.stderr.strip() or f"exit code {answer.returncode}").splitlines()[-1]
+        raise CannotBuild(f"Kubernetes ({module.name}) could not be built: {last}")
+    for name in module.links:
+        (folder / name).symlink_to(module.name)
+
+
+def _kubernetes_version(module: Module) -> str:
+    found = re.search(r"^\s*(?:require )?k8s\.io/kubernetes (v\S+)", (HERE / module.name / "go.mod").read_text(), re.M)
+    assert found, f"{module.name}/go.mod names no k8s.io/kubernetes"
+    return found[1]
+
+
+def _go_version() -> str:
+    if not shutil.which("go"):
+        raise CannotBuild("Kubernetes is built from source, and there is no Go here.")
+    version = subprocess.run(["go", "env", "GOVERSION"], capture_output=True, text=True, check=True).stdout.strip()
+    numbers = re.match(r"go(\d+)\.(\d+)", version)
+    if numbers and (int(numbers[1]), int(numbers[2])) < OLDEST_GO:
+        raise CannotBuild(f"Kubernetes needs Go {'.'.join(map(str, OLDEST_GO))} or newer, and here is {version}.")
+    return version
+
+
+def _digest(module: Module, go: str) -> str:
+    digest = hashlib.sha256(repr((module, go)).encode())
+    for file in module.files:
+        digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _cache() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datavector" / "cluster"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time; the lock ends with the process."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    for each in (CONTROL_PLANE, FLOOR):
+        print(build(each))

@@ -1,0 +1,42 @@
+"""Programs that a test starts and ends, each with its log."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+SECONDS_TO_END = 10
+LINES_OF_LOG = 20
+
+
+class Process:
+    """A program in its own session, whose output goes to a file."""
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        return self._process.poll() is None
+
+    def end(self, *, seconds: float = SECONDS_TO_END) -> None:
+        """Asks it to end, waits, and then makes it; nothing to do if it has ended."""
+        self._process.terminate()
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def tail(self) -> str:
+        """The last lines of its log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-LINES_OF_LOG:])
