@@ -9,14 +9,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+from tests.cluster.status import Object, now
 
 PROJECT = Path(__file__).parents[2]
 MESSAGE_BYTES = 4096
-
-Object = dict[str, Any]
 
 
 class NoSuchVolume(Exception):
@@ -65,7 +63,7 @@ class Container:
             command[0] = sys.executable
         if not command:
             raise OSError("the Pod names no command, and no entrypoint is known for its image")
-        self.started_at = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self.started_at = now()
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,

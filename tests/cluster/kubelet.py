@@ -11,19 +11,17 @@ import signal
 import threading
 import time
 from collections.abc import Collection, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import urllib3
 from kubernetes import client, config
 
 from tests.cluster.container import Container, NoSuchVolume
+from tests.cluster.status import Object, now, pod_status, waits_because
 
 NODE = "stand-in"
 POLL_SECONDS = 0.1
-
-Object = dict[str, Any]
 
 _FAILURES = (client.ApiException, urllib3.exceptions.HTTPError, OSError)  # the API server is away, or has moved on
 
@@ -163,7 +161,7 @@ class Kubelet:
         except NoSuchVolume as error:
             return self._report_waiting(pod, "CreateContainerConfigError", str(error))
         except OSError as error:
-            ended = {"exitCode": 128, "reason": "StartError", "message": str(error), "finishedAt": _now()}
+            ended = {"exitCode": 128, "reason": "StartError", "message": str(error), "finishedAt": now()}
             return self._report(pod, "Failed", {"terminated": ended}, ready=False)
         self._containers[container.uid] = container
         return self._report(pod, "Running", {"running": {"startedAt": container.started_at}}, ready=True)
@@ -181,7 +179,7 @@ class Kubelet:
             "reason": "Completed" if code == 0 else self._killed_because.get(container.uid, "Error"),
             "message": container.message(from_log=code != 0 and policy == "FallbackToLogsOnError"),
             "startedAt": container.started_at,
-            "finishedAt": _now(),
+            "finishedAt": now(),
         }
         lost = container.uid in self._lost
         phase = "Failed" if code or lost else "Succeeded"
@@ -190,29 +188,11 @@ class Kubelet:
             self._api.delete_namespaced_pod(container.pod, pod["metadata"]["namespace"], grace_period_seconds=0)
 
     def _report_waiting(self, pod: Object, reason: str, message: str) -> None:
-        statuses = pod["status"].get("containerStatuses", [{}])
-        if statuses[0].get("state", {}).get("waiting", {}).get("reason") != reason:
+        if waits_because(pod) != reason:
             self._report(pod, "Pending", {"waiting": {"reason": reason, "message": message}}, ready=False)
 
     def _report(self, pod: Object, phase: str, state: Object, *, ready: bool, lost: bool = False) -> None:
-        container = pod["spec"]["containers"][0]
-        conditions = [
-            _condition("PodScheduled", True),
-            _condition("Initialized", True),
-            _condition("ContainersReady", ready),
-            _condition("Ready", ready),
-        ]
-        if lost:
-            conditions.append(_condition("DisruptionTarget", True, reason="DeletionByTaintManager"))
-        status = {
-            "phase": phase,
-            "startTime": pod["status"].get("startTime") or _now(),
-            "conditions": conditions,
-            "containerStatuses": [
-                {"name": container["name"], "image": container["image"], "imageID": "", "ready": ready}
-                | {"restartCount": 0, "started": ready, "state": state}
-            ],
-        }
+        status = pod_status(pod, phase, state, ready=ready, lost=lost)
         name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
         self._api.patch_namespaced_pod_status(name, namespace, {"status": status}, _request_timeout=10)
 
@@ -222,12 +202,3 @@ class Kubelet:
             name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
             binding = {"metadata": {"name": name}, "target": {"kind": "Node", "name": NODE}}
             self._api.create_namespaced_pod_binding(name, namespace, binding, _preload_content=False)
-
-
-def _condition(kind: str, holds: bool, *, reason: str | None = None) -> Object:
-    found = {"type": kind, "status": "True" if holds else "False", "lastTransitionTime": _now()}
-    return found | ({"reason": reason} if reason else {})
-
-
-def _now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

@@ -110,6 +110,16 @@ def test_a_failure_that_no_retry_helps_fails_the_job_and_leaves_its_message(clus
     assert (ended["exitCode"], ended["reason"], ended["message"]) == (1, "Error", "no vectors")
 
 
+def test_a_failure_without_a_message_leaves_the_end_of_its_output(cluster, namespace, start_kubelet):
+    start_kubelet()
+    failing = job(namespace, "raise SystemExit('no space left')", backoffLimit=0)
+    failing["spec"]["template"]["spec"]["containers"][0]["terminationMessagePolicy"] = "FallbackToLogsOnError"
+    cluster.kubectl("create", "-f", "-", input=failing)
+    wait_for_job(cluster, namespace, "Failed")
+    (pod,) = pods(cluster, namespace)
+    assert "no space left" in pod["status"]["containerStatuses"][0]["state"]["terminated"]["message"]
+
+
 def test_a_lost_node_is_no_failure_of_the_job(cluster, namespace, start_kubelet):
     kubelet = start_kubelet()
     rules = {"podFailurePolicy": {"rules": [IGNORE_LOST_NODES]}, "backoffLimit": 0}
