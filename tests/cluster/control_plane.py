@@ -169,7 +169,7 @@ class ControlPlane(Cluster):
         )
         try:
             with opener.open(url, timeout=5) as answer:
-                return answer.status == 200
+                return bool(answer.status == 200)
         except (urllib.error.URLError, OSError):
             return False
 

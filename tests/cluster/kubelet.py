@@ -139,7 +139,9 @@ class Kubelet:
         if pod["status"].get("phase") in ("Succeeded", "Failed"):
             return
         if container is None:
-            if "deletionTimestamp" not in pod["metadata"]:
+            if "deletionTimestamp" in pod["metadata"]:
+                self._remove(pod)
+            else:
                 self._begin(pod)
         elif (code := container.exit_code) is not None:
             self._report_end(pod, container, code)
@@ -185,7 +187,7 @@ class Kubelet:
         phase = "Failed" if code or lost else "Succeeded"
         self._report(pod, phase, {"terminated": terminated}, ready=False, lost=lost)
         if "deletionTimestamp" in pod["metadata"]:
-            self._api.delete_namespaced_pod(container.pod, pod["metadata"]["namespace"], grace_period_seconds=0)
+            self._remove(pod)
 
     def _report_waiting(self, pod: Object, reason: str, message: str) -> None:
         if waits_because(pod) != reason:
@@ -202,3 +204,8 @@ class Kubelet:
             name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
             binding = {"metadata": {"name": name}, "target": {"kind": "Node", "name": NODE}}
             self._api.create_namespaced_pod_binding(name, namespace, binding, _preload_content=False)
+
+    def _remove(self, pod: Object) -> None:
+        """Lets a deleted Pod go: no process of it runs any more."""
+        name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
+        self._api.delete_namespaced_pod(name, namespace, grace_period_seconds=0, _request_timeout=10)

@@ -160,6 +160,16 @@ def test_a_missing_image_keeps_a_pod_waiting(cluster, namespace, start_kubelet):
         return statuses and statuses[0] and statuses[0][0]["state"]["waiting"]["reason"]
 
     assert wait_until(waiting) == "ImagePullBackOff"
+    cluster.kubectl("delete", "job", "work", f"--namespace={namespace}", "--timeout=60s")
+    wait_until(lambda: not pods(cluster, namespace))
+
+
+def test_a_namespace_ends_with_its_pods(cluster, namespace, start_kubelet):
+    start_kubelet()
+    cluster.kubectl("create", "-f", "-", input=job(namespace, "import time; time.sleep(600)"))
+    running_pod(cluster, namespace)
+    cluster.kubectl("delete", "namespace", namespace, "--timeout=60s")
+    cluster.kubectl("create", "namespace", namespace)
 
 
 def test_no_more_processes_run_than_allowed(cluster, namespace, start_kubelet):
