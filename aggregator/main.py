@@ -15,9 +15,10 @@ from rich.table import Table
 
 from aggregator.embedded import Reconciler
 from aggregator.metrics import Metrics
+from aggregator.policy_file import load_policies
 from aggregator.receiver import Receiver
 from aggregator.registry import SqliteRegistry
-from aggregator.resources import ModelVersion, load_policies
+from aggregator.resources import ModelVersion
 from aggregator.settings import AggregatorSettings
 from aggregator.store import Store
 from datavector.console import say
@@ -124,7 +125,7 @@ def print_status(root: Path) -> None:
         spec, status = vector.spec, vector.status
         vectors.add_row(
             vector.name, spec.hospital, str(spec.sequence), str(spec.sample_count),
-            f"{status.stored_at:%Y-%m-%d %H:%M:%SZ}", spec.consent.value, "yes" if status.erased_at else "no",
+            f"{vector.arrived_at:%Y-%m-%d %H:%M:%SZ}", spec.consent.value, "yes" if status.erased_at else "no",
         )  # fmt: skip
     versions = Table("version", "hospitals", "method", "phase", "calibration", "message", title="Model versions")
     for version in registry.versions():
@@ -138,7 +139,7 @@ def print_status(root: Path) -> None:
 
 def _version_row(version: ModelVersion) -> tuple[str, ...]:
     status = version.status
-    calibration = f"{status.calibration['mode']}, {status.calibration['images']} images" if status.calibration else ""
+    calibration = f"{report.mode.value}, {report.images} images" if (report := status.calibration) else ""
     return (
         version.name, ", ".join(version.hospitals), version.spec.method.name, status.phase.value, calibration,
         status.message,

@@ -18,6 +18,7 @@ from aggregator.resources import (
     Calibration,
     CalibrationMethod,
     CalibrationMode,
+    CalibrationReport,
     Consent,
     DataVector,
     MergePolicy,
@@ -223,15 +224,16 @@ def withdraw(
 
 
 def eligible(world: World) -> tuple[DataVector, ...]:
-    """The newest vector of each hospital for the policy's base, where consent stands; sorted by digest.
+    """The newest vector of each hospital for the policy's base, where consent stands and the file is here; sorted by
+    digest.
 
     A hospital whose newest vector is withdrawn is out: an older one does not take its place.
     """
     if world.base is None:
         return ()
     newest = _newest(vector for vector in world.vectors if vector.spec.base_model_ref == world.base.digest)
-    granted = (vector for vector in newest if vector.granted)
-    return tuple(sorted(granted, key=lambda vector: (vector.spec.artifact.digest, vector.name)))
+    usable = (vector for vector in newest if vector.granted and vector.status.stored_at)
+    return tuple(sorted(usable, key=lambda vector: (vector.spec.artifact.digest, vector.name)))
 
 
 def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersion:
@@ -286,7 +288,7 @@ def due(world: World, vectors: tuple[DataVector, ...], now: datetime) -> datetim
         return None
     first = min(since(vector) for vector in arrivals)
     enough = sorted(since(vector) for vector in vectors)[trigger.min_hospitals - 1]
-    last = max(_credible(vector.status.stored_at, now) for vector in arrivals)
+    last = max(_credible(vector.arrived_at, now) for vector in arrivals)
     return min(
         last + timedelta(seconds=trigger.quiet_period_seconds),
         max(first, enough) + timedelta(seconds=trigger.max_wait_seconds),
@@ -387,8 +389,12 @@ def _progress_of(version: ModelVersion, world: World, now: datetime) -> list[Act
         case Phase.RELEASING:
             if (report := world.reports.get((version.name, "release"))) is None:
                 return _run(version, "release", world, now)
-            return [Save(version.with_phase(Phase.READY, now=now, ready_at=now, **report))]
+            return [Save(version.with_phase(Phase.READY, now=now, ready_at=now, **_release_report(report)))]
     return []
+
+
+def _release_report(report: Mapping[str, Any]) -> dict[str, Any]:
+    return {**report, "calibration": CalibrationReport.model_validate(report["calibration"])}
 
 
 def _run(version: ModelVersion, stage: Stage, world: World, now: datetime) -> list[Action]:
@@ -440,7 +446,7 @@ def _newest(vectors: Iterable[DataVector]) -> list[DataVector]:
 
 def _seniority(vector: DataVector) -> tuple[int, datetime, str]:
     """Orders the vectors of a hospital: the sequence decides, and the rest only between equal ones."""
-    return vector.spec.sequence, vector.status.stored_at, vector.name
+    return vector.spec.sequence, vector.arrived_at, vector.name
 
 
 def _waiting_since(vector: DataVector, vectors: Iterable[DataVector], merged: set[str]) -> datetime:
@@ -452,7 +458,7 @@ def _waiting_since(vector: DataVector, vectors: Iterable[DataVector], merged: se
     own = [other for other in vectors if other.granted and (other.spec.hospital, other.spec.base_model_ref) == key]
     newest_first = sorted(own, key=_seniority, reverse=True)
     unmerged = itertools.takewhile(lambda other: other.name not in merged, newest_first)
-    return min((other.status.stored_at for other in unmerged), default=vector.status.stored_at)
+    return min((other.arrived_at for other in unmerged), default=vector.arrived_at)
 
 
 def _withdrawn(vector: DataVector, now: datetime) -> DataVector:

@@ -1,24 +1,21 @@
 """The objects that the aggregator reconciles: group datavector.dev/v1alpha1.
 
-The same objects in the embedded mode (rows of SQLite) and in Kubernetes (custom resources); a policy file has the
-shape of the MergePolicy resource. Field names are camelCase outside and snake_case here.
+The same objects in the embedded mode (rows of SQLite) and in Kubernetes (custom resources, whose definitions
+`aggregator.crds` makes of these classes). Field names are camelCase outside and snake_case here.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import BaseModel as Schema
-from pydantic import ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from pydantic.alias_generators import to_camel
 
-from datavector.errors import ConfigError
+GROUP, API_VERSION = "datavector.dev", "v1alpha1"
 
 # Names of objects as Kubernetes limits them; a hospital's or a policy's is part of longer ones, and of labels.
 ObjectName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
@@ -39,8 +36,13 @@ class Part(Schema):
 
 
 class Metadata(Part):
+    """What an object's metadata has here; `uid`, `resource_version` and `generation` come from Kubernetes."""
+
     name: ObjectName
     creation_timestamp: datetime | None = None
+    uid: str | None = None
+    resource_version: str | None = None
+    generation: int | None = None
 
 
 class PolicyMetadata(Metadata):
@@ -51,6 +53,7 @@ class Resource(Part):
     """What every object has. `kind` is the class's name."""
 
     kind_name: ClassVar[str]
+    plural: ClassVar[str]
 
     api_version: Literal["datavector.dev/v1alpha1"] = "datavector.dev/v1alpha1"
     metadata: Metadata
@@ -75,13 +78,51 @@ class Resource(Part):
 
 
 class Condition(Part):
-    """A standard Kubernetes condition; `message` is a sentence for people."""
+    """A standard Kubernetes condition (https://kubernetes.io/docs/reference/using-api/, "Conditions")."""
 
-    type: str
-    status: Literal["True", "False", "Unknown"]
-    reason: str
-    message: str = ""
-    last_transition_time: datetime
+    type: str = Field(description="What the condition is about, such as Ready.")
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    reason: str = Field(description="Why, as one word for programs.")
+    message: str = Field(default="", description="Why, as a sentence for people, with what to do next.")
+    observed_generation: int | None = Field(default=None, description="The metadata.generation that this was said of.")
+    last_transition_time: datetime = Field(description="When the status last changed.")
+
+
+def with_condition(conditions: Iterable[Condition], changed: Condition) -> tuple[Condition, ...]:
+    """Conditions with one replaced or added; it keeps the time at which its status last changed."""
+    known = {condition.type: condition for condition in conditions}
+    before = known.get(changed.type)
+    if before is not None and before.status == changed.status:
+        changed = changed.model_copy(update={"last_transition_time": before.last_transition_time})
+    return tuple({**known, changed.type: changed}.values())
+
+
+class Artifact(Part):
+    digest: Digest = Field(description="SHA-256 of the content, as sha256:<hex>.")
+    size: int = Field(gt=0, description="Bytes.")
+
+
+# --- BaseModel ------------------------------------------------------------------------------------------------
+
+
+class BaseModelSpec(Part):
+    architecture: str = Field(description="Name of the network, such as efficientnet_lite0.", min_length=1)
+    classes: tuple[str, ...] = Field(description="Label of each output, in order.", min_length=2)
+    input_size: int = Field(description="Height and width of the input in pixels.", ge=1)
+    artifact_digest: Digest = Field(description="Digest of the base model in the store.")
+
+
+class BaseModelStatus(Part):
+    conditions: tuple[Condition, ...] = Field(default=(), description="Available: whether the store has it.")
+
+
+class BaseModelResource(Resource):
+    """A pretrained classifier that hospitals start from; its files are in the aggregator's store."""
+
+    kind_name: ClassVar[str] = "BaseModel"
+    plural: ClassVar[str] = "basemodels"
+    spec: BaseModelSpec
+    status: BaseModelStatus = BaseModelStatus()
 
 
 # --- DataVector -----------------------------------------------------------------------------------------------
@@ -92,34 +133,43 @@ class Consent(StrEnum):
     WITHDRAWN = "Withdrawn"
 
 
-class Artifact(Part):
-    digest: Digest
-    size: int = Field(gt=0, description="bytes")
-
-
 class VectorSpec(Part):
-    hospital: Name
-    base_model_ref: Digest
-    sequence: int = Field(ge=1, description="the newest of a hospital counts")
-    artifact: Artifact
-    sample_count: int = Field(ge=1, le=MOST_IMAGES, description="training images")
-    consent: Consent = Consent.GRANTED
+    hospital: Name = Field(description="Who sent it: the name in the certificate.")
+    base_model_ref: Digest = Field(description="Digest of the base model that it was trained from.")
+    sequence: int = Field(ge=1, description="Number of the hospital's vector; the highest counts.")
+    artifact: Artifact = Field(description="The vector's file in the store.")
+    sample_count: int = Field(ge=1, le=MOST_IMAGES, description="Training images.")
+    consent: Consent = Field(
+        default=Consent.GRANTED, description="Withdrawn takes the vector out of every model; there is no way back."
+    )
 
 
 class VectorStatus(Part):
-    stored_at: datetime
-    withdrawn_at: datetime | None = None
-    erased_at: datetime | None = None
+    stored_at: datetime | None = Field(
+        default=None, description="Since when it may be merged: its file is here, and fits."
+    )
+    withdrawn_at: datetime | None = Field(default=None, description="When its consent was withdrawn.")
+    erased_at: datetime | None = Field(default=None, description="When its file was erased from the store.")
+    merged_in: tuple[str, ...] = Field(default=(), description="Ready versions that contain it.")
+    conditions: tuple[Condition, ...] = Field(default=(), description="Stored, Validated and Erased.")
 
 
 class DataVector(Resource):
+    """What one hospital's fine-tuning changed: theta_ft - theta_pre, and whether it may be used."""
+
     kind_name: ClassVar[str] = "DataVector"
+    plural: ClassVar[str] = "datavectors"
     spec: VectorSpec
-    status: VectorStatus
+    status: VectorStatus = VectorStatus()
 
     @property
     def granted(self) -> bool:
         return self.spec.consent is Consent.GRANTED
+
+    @property
+    def arrived_at(self) -> datetime:
+        """When it was stored, as far as anybody has written it down."""
+        return self.status.stored_at or self.metadata.creation_timestamp or datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def last_sequence(vectors: Iterable[DataVector], hospital: str, base_digest: str) -> int:
@@ -134,18 +184,19 @@ def last_sequence(vectors: Iterable[DataVector], hospital: str, base_digest: str
 
 
 class Method(Part):
-    """A merge method of datavector.merge, by name, with its parameters."""
-
-    name: str = "sum"
-    parameters: dict[str, float] = {}
+    name: str = Field(default="sum", description="Merge method: sum or mean.")
+    parameters: dict[str, float] = Field(default={}, description="The method's numbers by name, such as scale.")
 
 
 class Trigger(Part):
-    """When arrivals become a version: enough hospitals, then quiet for a while, but never longer than the maximum."""
-
-    min_hospitals: int = Field(default=2, ge=1)
-    quiet_period_seconds: Seconds = 60
-    max_wait_seconds: Seconds = 3600
+    min_hospitals: int = Field(default=2, ge=1, description="Fewer hospitals than this make no version.")
+    quiet_period_seconds: Seconds = Field(
+        default=60, description="A version is made when nothing arrived for this long."
+    )
+    max_wait_seconds: Seconds = Field(
+        default=3600,
+        description="But no later than this after there were enough hospitals; at least quietPeriodSeconds.",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -164,46 +215,100 @@ class CalibrationMode(StrEnum):
 
 
 class CalibrationMethod(Part):
-    """What of a calibration shapes the result.
+    """What of a calibration shapes the result."""
 
-    Attributes:
-        visits: rounds of visits; the second refines the first.
-    """
-
-    mode: CalibrationMode = CalibrationMode.VISIT
-    visits: int = Field(default=1, ge=1, le=5)
+    mode: CalibrationMode = Field(
+        default=CalibrationMode.VISIT,
+        description="How BatchNorm statistics are restored: each hospital in a visit of its own, all in one meeting, "
+        "from those uploaded with the vectors, or none.",
+    )
+    visits: int = Field(default=1, ge=1, le=5, description="Rounds of visits; the second refines the first.")
 
 
 class Calibration(CalibrationMethod):
-    """Which hospitals' statistics a version needs, and for how long it waits for them.
+    """Which hospitals' statistics a version needs, and for how long it waits for them."""
 
-    Attributes:
-        quorum: hospitals that must have taken part; all of the version's where absent.
-        deadline_seconds: after that the `uploaded` statistics are used, and the release says so.
-    """
-
-    quorum: int | None = Field(default=None, ge=1)
-    deadline_seconds: Seconds = 7 * 86400
+    quorum: int | None = Field(
+        default=None, ge=1, description="Hospitals that must take part; all of the version's where absent."
+    )
+    deadline_seconds: Seconds = Field(
+        default=7 * 86400, description="After that the uploaded statistics are used, and the release says so."
+    )
 
 
 class Export(Part):
-    opset: int = Field(default=20, ge=18, le=21)
+    opset: int = Field(default=20, ge=18, le=21, description="ONNX operator set of the release.")
+
+
+Quantities = dict[str, str]
+
+
+class Resources(Part):
+    requests: Quantities = Field(default={}, description="What is kept free for the container, such as cpu: 500m.")
+    limits: Quantities = Field(default={}, description="The most that the container may use, such as memory: 4Gi.")
+
+
+class Toleration(Part):
+    key: str | None = Field(default=None, description="Taint that is tolerated; every taint where absent.")
+    operator: Literal["Equal", "Exists"] = Field("Equal", description="How the taint's value is compared.")
+    value: str | None = Field(default=None, description="The taint's value, for Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        default=None, description="Effect that is tolerated; every effect where absent."
+    )
+    toleration_seconds: int | None = Field(default=None, ge=0, description="For how long NoExecute is tolerated.")
+
+
+class JobSettings(Part):
+    image: str | None = Field(
+        default=None, min_length=1, description="Image of merge Jobs; the operator's default if absent."
+    )
+    image_pull_secrets: tuple[Name, ...] = Field(default=(), description="Names of Secrets for a private registry.")
+    resources: Resources = Field(
+        default=Resources(
+            requests={"cpu": "500m", "memory": "1Gi", "ephemeral-storage": "256Mi"}, limits={"memory": "4Gi"}
+        ),
+        description="Resources of a Job's container; exporting a model takes the most memory.",
+    )
+    node_selector: dict[str, str] = Field(default={}, description="Labels that a Job's node must have.")
+    tolerations: tuple[Toleration, ...] = Field(default=(), description="Taints that a Job's Pod tolerates.")
+    priority_class_name: str | None = Field(default=None, description="PriorityClass of a Job's Pod.")
+    backoff_limit: int = Field(default=3, ge=0, le=20, description="Failed Pods of a Job after which it has failed.")
+    ttl_seconds_after_finished: int = Field(
+        default=86400, ge=60, le=10 * 365 * 86400, description="How long a finished Job and its logs are kept."
+    )
 
 
 class PolicySpec(Part):
-    base_model_ref: str = Field(description="name or digest of a base model in the store")
-    method: Method = Method()
-    trigger: Trigger = Trigger()
-    calibration: Calibration = Calibration()
-    export: Export = Export()
-    history_limit: int = Field(default=5, ge=1)
-    suspend: bool = False
+    base_model_ref: str = Field(min_length=1, description="Name or sha256: digest of a base model in the store.")
+    method: Method = Field(default=Method(), description="How vectors become one.")
+    trigger: Trigger = Field(default=Trigger(), description="When arrivals become a version.")
+    calibration: Calibration = Field(default=Calibration(), description="How BatchNorm statistics are restored.")
+    export: Export = Field(default=Export(), description="How the release is written.")
+    job: JobSettings = Field(default=JobSettings(), description="How Jobs run; of no meaning without Kubernetes.")
+    history_limit: int = Field(default=5, ge=1, description="Ready versions that are kept.")
+    suspend: bool = Field(default=False, description="true: no new version is started.")
+
+
+class PolicyStatus(Part):
+    observed_generation: int | None = Field(
+        default=None, description="The metadata.generation that this status is about."
+    )
+    latest_version: str | None = Field(default=None, description="The version that became Ready last.")
+    waiting_for: str = Field(default="", description="What the policy waits for, as a sentence.")
+    conditions: tuple[Condition, ...] = Field(
+        default=(),
+        description="Accepted: whether the policy can be carried out. Ready: whether there is a Ready version.",
+    )
 
 
 class MergePolicy(Resource):
+    """When and how the vectors of a base model are merged."""
+
     kind_name: ClassVar[str] = "MergePolicy"
+    plural: ClassVar[str] = "mergepolicies"
     metadata: PolicyMetadata
     spec: PolicySpec
+    status: PolicyStatus = PolicyStatus()
 
 
 # --- ModelVersion ---------------------------------------------------------------------------------------------
@@ -226,48 +331,56 @@ class Phase(StrEnum):
 
 
 class VersionInput(Part):
-    data_vector: ObjectName
-    hospital: Name
-    digest: Digest
-    sample_count: int
+    data_vector: ObjectName = Field(description="Name of the DataVector.")
+    hospital: Name = Field(description="Who sent it.")
+    digest: Digest = Field(description="Digest of its file.")
+    sample_count: int = Field(description="Training images.")
 
 
 class VersionSpec(Part):
-    policy_ref: Name
-    base_model_ref: Digest
-    inputs: tuple[VersionInput, ...] = Field(description="sorted by digest")
-    inputs_hash: str
-    method: Method
-    calibration: CalibrationMethod
-    export: Export
+    policy_ref: Name = Field(description="Name of the MergePolicy that asked for it.")
+    base_model_ref: Digest = Field(description="Digest of the base model.")
+    inputs: tuple[VersionInput, ...] = Field(description="The vectors that are merged, sorted by digest.")
+    inputs_hash: str = Field(description="SHA-256 of the inputs and of every setting that shapes the result.")
+    method: Method = Field(description="How the vectors become one.")
+    calibration: CalibrationMethod = Field(description="How BatchNorm statistics are restored.")
+    export: Export = Field(description="How the release is written.")
+
+
+class CalibrationReport(Part):
+    """What the release says of its BatchNorm statistics."""
+
+    mode: CalibrationMode = Field(description="How they were restored.")
+    hospitals: tuple[str, ...] = Field(description="Whose statistics they are.")
+    images: int = Field(description="Images that they were measured on.")
+    note: str = Field(default="", description="Why in this way.")
 
 
 class VersionStatus(Part):
-    """What came of a version.
-
-    Attributes:
-        attempts: tries of the current job that failed for a reason of its inputs; the next one waits until `retry_at`.
-        weights_sha256: of the merged weights, before calibration.
-        quorum: hospitals that had to take part in the calibration, once that has ended.
-        calibration: mode used, hospitals, images, note.
-        release_sha256: of the release's SHA256SUMS file.
-    """
-
-    phase: Phase = Phase.PENDING
-    attempts: int = 0
-    retry_at: datetime | None = None
-    message: str = ""
-    calibration_started_at: datetime | None = None
-    quorum: int = 0
-    weights_sha256: str = ""
-    calibration: dict[str, Any] = {}
-    release_sha256: str = ""
-    ready_at: datetime | None = None
-    conditions: tuple[Condition, ...] = ()
+    phase: Phase = Field(default=Phase.PENDING, description="Where the version stands.")
+    attempts: int = Field(default=0, description="Tries of the current job that failed for a reason of its inputs.")
+    retry_at: datetime | None = Field(default=None, description="When the current job is tried again.")
+    message: str = Field(default="", description="Why it stands there, as a sentence.")
+    calibration_started_at: datetime | None = Field(
+        default=None, description="Since when hospitals are asked to calibrate."
+    )
+    quorum: int = Field(
+        default=0, description="Hospitals that had to take part in the calibration, once that has ended."
+    )
+    weights_sha256: str = Field(default="", description="SHA-256 of the merged weights, before calibration.")
+    calibration: CalibrationReport | None = Field(default=None, description="How BatchNorm statistics were restored.")
+    release_sha256: str = Field(default="", description="SHA-256 of the release's SHA256SUMS file.")
+    ready_at: datetime | None = Field(default=None, description="When it became Ready.")
+    conditions: tuple[Condition, ...] = Field(
+        default=(), description="Merged, Calibrated, Exported, Ready and Revoked; Ready is what to wait for."
+    )
 
 
 class ModelVersion(Resource):
+    """One merged model: which vectors are in it, and how far it has come."""
+
     kind_name: ClassVar[str] = "ModelVersion"
+    plural: ClassVar[str] = "modelversions"
     spec: VersionSpec
     status: VersionStatus = VersionStatus()
 
@@ -280,19 +393,20 @@ class ModelVersion(Resource):
         return frozenset(entry.data_vector for entry in self.spec.inputs)
 
     def with_phase(self, phase: Phase, *, now: datetime, message: str = "", **changes: Any) -> ModelVersion:
-        """This version in another phase, with the conditions of that phase.
-
-        A condition keeps the time at which its status last changed.
-        """
+        """This version in another phase, with the conditions of that phase."""
         changes = {"phase": phase, "message": message, "attempts": 0, "retry_at": None, **changes}
-        conditions = {condition.type: condition for condition in self.status.conditions}
+        conditions = self.status.conditions
         for kind, value in _CONDITIONS[phase].items():
-            known = conditions.get(kind)
-            since = known.last_transition_time if known and known.status == value else now
-            conditions[kind] = Condition(
-                type=kind, status=value, reason=phase.value, message=message, last_transition_time=since
+            condition = Condition(
+                type=kind,
+                status=value,
+                reason=phase.value,
+                message=message,
+                observed_generation=self.metadata.generation,
+                last_transition_time=now,
             )
-        status = self.status.model_copy(update={**changes, "conditions": tuple(conditions.values())})
+            conditions = with_condition(conditions, condition)
+        status = self.status.model_copy(update={**changes, "conditions": conditions})
         return self.model_copy(update={"status": status})
 
 
@@ -307,67 +421,8 @@ _CONDITIONS: dict[Phase, dict[str, Literal["True", "False", "Unknown"]]] = {
 }
 
 
+KINDS: tuple[type[Resource], ...] = (BaseModelResource, DataVector, MergePolicy, ModelVersion)
+
+
 def utc_now() -> datetime:
     return datetime.now(UTC)
-
-
-# --- Policy files ---------------------------------------------------------------------------------------------
-
-
-def load_policies(path: Path) -> tuple[MergePolicy, ...]:
-    """Reads the MergePolicy documents of a YAML file.
-
-    Raises:
-        ConfigError: not YAML, another kind, an unknown field (the nearest valid one is named), a wrong value, two
-            policies of one name.
-    """
-    try:
-        documents = [document for document in yaml.safe_load_all(path.read_text()) if document is not None]
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}", remedy="give a YAML file with a MergePolicy") from error
-    policies = tuple(_policy(path, document) for document in documents)
-    names = [policy.name for policy in policies]
-    if not names or len(set(names)) != len(names):
-        raise ConfigError(f"{path} names the policies {names}", remedy="write at least one, each name once")
-    return policies
-
-
-def _policy(path: Path, document: Any) -> MergePolicy:
-    if not isinstance(document, dict) or document.get("kind") != MergePolicy.kind_name:
-        kind = document.get("kind") if isinstance(document, dict) else document
-        raise ConfigError(
-            f"{path} holds {kind!r}", remedy="write kind: MergePolicy, apiVersion: datavector.dev/v1alpha1"
-        )
-    try:
-        return MergePolicy.parse(document)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {'; '.join(_sentences(error))}", remedy="see docs/policy.md") from error
-
-
-def _sentences(error: ValidationError) -> Sequence[str]:
-    return [_sentence(detail["loc"], detail["msg"], detail["type"]) for detail in error.errors()]
-
-
-def _sentence(location: tuple[int | str, ...], message: str, kind: str) -> str:
-    where = ".".join(str(part) for part in location)
-    if kind != "extra_forbidden":
-        message = message.removeprefix("Value error, ")
-        return f"{where}: {message[0].lower()}{message[1:]}"
-    return f"{where} is no field here; did you mean {_nearest(where)}?"
-
-
-def _nearest(unknown: str) -> str:
-    """The field that an unknown one stands for: of the same name elsewhere, or of a similar name in the same part."""
-    known = list(_field_paths(MergePolicy))
-    part, _, name = unknown.rpartition(".")
-    elsewhere = [path for path in known if path.rpartition(".")[2] == name]
-    siblings = [path.rpartition(".")[2] for path in known if path.rpartition(".")[0] == part]
-    return (elsewhere or difflib.get_close_matches(name, siblings, n=1, cutoff=0))[0]
-
-
-def _field_paths(schema: type[Schema], part: str = "") -> Iterator[str]:
-    for name, field in schema.model_fields.items():
-        path = f"{part}{field.alias or name}"
-        yield path
-        if isinstance(field.annotation, type) and issubclass(field.annotation, Schema):
-            yield from _field_paths(field.annotation, f"{path}.")

@@ -17,6 +17,8 @@ from datavector.wire.certs import init_authority, issue_aggregator, issue_hospit
 from tests.link import Link
 from tests.serving import Serving, make_base, make_settings, make_store, serve
 
+pytest_plugins = ["tests.cluster.fixtures"]
+
 HOSPITALS = ("north", "south", "west")
 
 # On top of Hypothesis's own profiles: the one that it takes where CI is set draws the same examples every time.

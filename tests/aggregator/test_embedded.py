@@ -279,7 +279,7 @@ async def test_from_arrivals_to_ready_and_after_a_withdrawal_to_what_never_had_t
         lineage = (store.release(first.name) / "release.json").read_text()
         assert all(entry.digest in lineage for entry in first.spec.inputs)
         assert first.status.release_sha256 == sha256_file(store.release(first.name) / "SHA256SUMS")
-        assert (first.status.calibration["mode"], first.status.calibration["images"]) == ("uploaded", 300)
+        assert (first.status.calibration.mode, first.status.calibration.images) == ("uploaded", 300)
         registry.withdraw("north", None)
         assert [version.status.phase for version in registry.versions()] == [Phase.REVOKED], "before anything else"
         await running.until(lambda: bool(running.in_phase(Phase.READY)))

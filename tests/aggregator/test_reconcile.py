@@ -217,7 +217,10 @@ def test_a_new_version_is_merged_then_released_then_ready():
     assert (save.resource.status.phase, save.resource.status.weights_sha256) == (Phase.RELEASING, "m")
     releasing = save.resource
     assert plan(World(rules, BASE, vectors, (releasing,), reports=merged), at(3)) == [RunJob(name, "release")]
-    done = {**merged, (name, "release"): {"release_sha256": "r", "calibration": {"mode": "uploaded"}}}
+    done = {
+        **merged,
+        (name, "release"): {"release_sha256": "r", "calibration": {"mode": "uploaded", "hospitals": [], "images": 0}},
+    }
     (save,) = plan(World(rules, BASE, vectors, (releasing,), reports=done), at(4))
     status = save.resource.status
     assert (status.phase, status.ready_at, status.weights_sha256, status.release_sha256) == (

@@ -60,7 +60,7 @@ class Aggregator:
         self.now = START
         self.vectors: dict[str, DataVector] = {}
         self.versions: dict[str, ModelVersion] = {}
-        self.reports: dict[tuple[str, Stage], dict[str, str]] = {}
+        self.reports: dict[tuple[str, Stage], dict[str, Any]] = {}
         self.visits: dict[str, dict[str, int]] = {}
         self.running: dict[str, Stage] = {}
         self.on_disk: set[str] = set()
@@ -110,7 +110,10 @@ class Aggregator:
         else:
             assert version.vectors <= self.blobs, "a job lost its input"
             digest = {"merge": "weights_sha256", "release": "release_sha256"}[stage]
-            self.reports[name, stage] = {digest: ",".join(sorted(version.vectors))}
+            calibration = {"mode": "uploaded", "hospitals": [], "images": 0}
+            self.reports[name, stage] = {digest: ",".join(sorted(version.vectors))} | (
+                {"calibration": calibration} if stage == "release" else {}
+            )
 
     # --- What it does
 

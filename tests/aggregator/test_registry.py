@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aggregator.registry import SqliteRegistry
-from aggregator.resources import Consent, Phase
+from aggregator.resources import CalibrationReport, Consent, Phase
 from datavector.errors import DiskFull, TryAgain
 from tests.aggregator.objects import BASE, at, policy, vector, version
 
@@ -30,7 +30,9 @@ def registry(path: Path) -> Iterator[SqliteRegistry]:
 
 
 def test_what_was_recorded_is_there_after_opening_again(registry, path):
-    ready = version(policy(), NORTH, SOUTH, phase=Phase.READY, calibration={"mode": "visit", "images": 3})
+    ready = version(
+        policy(), NORTH, SOUTH, phase=Phase.READY, calibration=CalibrationReport(mode="visit", hospitals=(), images=3)
+    )
     registry.add_vector(NORTH)
     registry.add_version(ready)
     registry.set_policies([policy()])

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from aggregator.resources import CalibrationMode, DataVector, MergePolicy, ModelVersion, Phase, load_policies
+from aggregator.policy_file import load_policies
+from aggregator.resources import CalibrationMode, CalibrationReport, DataVector, MergePolicy, ModelVersion, Phase
 from datavector.errors import ConfigError
 from tests.aggregator.objects import START, at, policy, vector, version
 
@@ -117,7 +118,13 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
     [
         policy("p", mode="visit", quorum=2),
         vector("north", withdrawn=True),
-        version(policy(), vector("north"), vector("south"), phase=Phase.READY, calibration={"images": 3}),
+        version(
+            policy(),
+            vector("north"),
+            vector("south"),
+            phase=Phase.READY,
+            calibration=CalibrationReport(mode="visit", hospitals=(), images=3),
+        ),
     ],
     ids=lambda each: each.kind_name,
 )

@@ -1,6 +1,6 @@
 """Fixtures of tests that talk to Kubernetes.
 
-The conftest.py beside the tests imports all of this by `*`. The binaries are built before the first test, so that no
+A plugin of tests/conftest.py. The binaries are built before the first test, so that no
 test's time limit counts the minutes that this can take.
 """
 
@@ -19,8 +19,6 @@ from tests.cluster.build import CONTROL_PLANE, FLOOR, CannotBuild, Module, build
 from tests.cluster.client import Cluster
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.kubelet import Kubelet
-
-__all__ = ["cluster", "control_plane", "floor", "namespace", "pytest_collection_finish", "start_kubelet"]
 
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 
@@ -51,11 +49,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def control_plane(cluster: Cluster) -> ControlPlane:
+def control_plane(cluster: Cluster) -> Iterator[ControlPlane]:
     """The cluster, where its API server can be stopped; started again after the test."""
     if not isinstance(cluster, ControlPlane):
         pytest.skip("the API server of the cluster in KUBECONFIG is not ours to stop")
-    return cluster
+    yield cluster
+    if "kube-apiserver" not in cluster.pids:
+        cluster.start_api_server()
 
 
 @pytest.fixture(scope="session")

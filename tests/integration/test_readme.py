@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from agent.settings import AgentSettings
-from aggregator.resources import load_policies
+from aggregator.policy_file import load_policies
 from aggregator.settings import AggregatorSettings
 from aggregator.store import Store
 from datavector.config import load_settings
