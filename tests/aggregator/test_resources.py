@@ -90,7 +90,7 @@ def test_a_wrong_policy_says_where_and_what(tmp_path, spec, says):
         MINIMAL.replace("v1alpha1", "v2"),
         MINIMAL.replace("name: brain", "name: Brain"),
         MINIMAL.replace("brain", "b" * 53),
-        MINIMAL + "status: {}",
+        MINIMAL + "state: {}",
         MINIMAL + "1: 2",
         "a: [",
         "a: !!python/object:os.system {}",
