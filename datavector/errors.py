@@ -17,6 +17,8 @@ DataVectorError                     exit code 1
 ├── TrainingFailed                  one of several training processes ended
 ├── SiteFailed                      one of the demo's processes ended
 ├── MergeError
+├── ClusterError                    the Kubernetes API did not do what was asked
+│   ├── ApiUnavailable, ApiConflict, ApiForbidden, ApiRejected, ObjectMissing, CrdOutdated
 └── Interrupted                     stopped by a signal; starting again goes on from where it was
 
 Every error says what is wrong and where (the message) and what to do next (the remedy). `status` is the gRPC
@@ -216,3 +218,65 @@ def recreate(name: str, message: str, remedy: str) -> DataVectorError:
     error = kind.__new__(kind)
     DataVectorError.__init__(error, message, remedy=remedy)
     return error
+
+
+class ClusterError(DataVectorError):
+    """The Kubernetes API did not do what was asked of it."""
+
+    status = "UNAVAILABLE"
+
+
+class ApiUnavailable(ClusterError):
+    """The API server does not answer, or cannot serve now; worth trying again."""
+
+    def __init__(self, server: str, reason: str) -> None:
+        super().__init__(
+            f"the Kubernetes API at {server} is not available ({reason})", remedy="this is tried again until it is"
+        )
+
+
+class ApiConflict(ClusterError):
+    """An object has changed since it was read, or there is already one of that name; read it and try again."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(f"{what} has changed meanwhile ({reason})", remedy="read it and try again")
+
+
+class ApiForbidden(ClusterError):
+    """The service account may not do that."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(
+            f"not allowed to {what} ({reason})", remedy="give the service account the Role of charts/aggregator"
+        )
+
+
+class ApiRejected(ClusterError):
+    """The API server refuses an object's content."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(
+            f"the API server refuses {what} ({reason})",
+            remedy="if it does not know a field, apply charts/crds of this version",
+        )
+
+
+class ObjectMissing(ClusterError):
+    """An object, or a whole kind of objects, is not there."""
+
+    def __init__(self, kind: str, name: str, reason: str) -> None:
+        super().__init__(
+            f"{kind} {name} is not there ({reason})".replace("  ", " "),
+            remedy="if the kind is unknown, apply charts/crds; an object may have been deleted by hand",
+        )
+
+
+class CrdOutdated(ClusterError):
+    """The cluster's custom resource definitions lack what this version writes."""
+
+    def __init__(self, missing: list[str]) -> None:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        super().__init__(
+            f"the cluster's CustomResourceDefinitions are older than this program: they lack {shown}",
+            remedy="kubectl apply --server-side -f charts/crds/templates (of this version); the operator then goes on",
+        )

@@ -1,0 +1,274 @@
+"""The registry in a cluster: custom resources, read from a cache that watches keep current, written through the API."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from aggregator.kube import Api, Kind, Object
+from aggregator.reconcile import withdraw
+from aggregator.resources import (
+    KINDS,
+    BaseModelResource,
+    DataVector,
+    MergePolicy,
+    ModelVersion,
+    Resource,
+    utc_now,
+)
+from datavector.errors import ApiConflict, ClusterError, ObjectMissing
+
+log = logging.getLogger(__name__)
+
+AnyResource = TypeVar("AnyResource", bound=Resource)
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before the API server is asked again
+
+_METADATA = ("name", "creationTimestamp", "uid", "resourceVersion", "generation")
+
+
+def decode(kind: type[AnyResource], content: Object) -> AnyResource:
+    """An object of the API as the project's type, without the rest of its metadata.
+
+    Raises:
+        pydantic.ValidationError: it is not what this program understands.
+    """
+    metadata = {key: content["metadata"][key] for key in _METADATA if key in content["metadata"]}
+    return kind.parse(
+        {
+            "apiVersion": content["apiVersion"],
+            "metadata": metadata,
+            "spec": content["spec"],
+            "status": content.get("status", {}),
+        }
+    )
+
+
+class Cache:
+    """What is known of a namespace's objects. Threads may share it; older news never replaces newer."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._objects: dict[type[Resource], dict[str, Resource]] = {kind: {} for kind in KINDS}
+
+    def all(self, kind: type[AnyResource]) -> list[AnyResource]:
+        with self._lock:
+            return list(self._objects[kind].values())  # type: ignore[arg-type]
+
+    def get(self, kind: type[AnyResource], name: str) -> AnyResource | None:
+        with self._lock:
+            return self._objects[kind].get(name)  # type: ignore[return-value]
+
+    def observe(self, kind: type[Resource], content: Object, *, gone: bool = False) -> None:
+        """Takes note of an object's newest state, from a watch or from the answer to a request."""
+        name, version = content["metadata"]["name"], int(content["metadata"]["resourceVersion"])
+        with self._lock:
+            known = self._objects[kind].get(name)
+            if known is not None and int(known.metadata.resource_version or 0) > version:
+                return
+            if gone:
+                self._objects[kind].pop(name, None)
+                return
+        self.put(_decoded(kind, content))
+
+    def put(self, resource: Resource | None) -> None:
+        if resource is not None:
+            with self._lock:
+                self._objects[type(resource)][resource.name] = resource
+
+    def forget(self, kind: type[Resource], name: str) -> None:
+        with self._lock:
+            self._objects[kind].pop(name, None)
+
+    def load(self, api: Api, kind: type[Resource]) -> str:
+        """Replaces what is known of a kind by what the API server has.
+
+        Returns:
+            The resource version from which a watch goes on.
+        """
+        found: dict[str, Resource] = {}
+
+        def take(content: Object) -> None:
+            if (resource := _decoded(kind, content)) is not None:
+                found[resource.name] = resource
+
+        resource_version = api.list(Kind.of(kind), take)
+        with self._lock:
+            self._objects[kind] = found
+        return resource_version
+
+
+def _decoded(kind: type[AnyResource], content: Object) -> AnyResource | None:
+    """The object, or None (and a line in the log) where this program does not understand it."""
+    try:
+        return decode(kind, content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        log.error(
+            "%s %s is left alone: %s: %s; it may have been made by a newer version of this program",
+            kind.kind_name, content["metadata"]["name"], where, first["msg"],
+        )  # fmt: skip
+        return None
+
+
+class ClusterRegistry:
+    """The registry of the operator: reads come from the cache, every write is in the API when it returns.
+
+    Attributes:
+        cache: kept current by whoever watches; every answer to a write goes into it at once.
+    """
+
+    def __init__(self, api: Api, cache: Cache) -> None:
+        self._api = api
+        self.cache = cache
+
+    def policies(self) -> list[MergePolicy]:
+        return self.cache.all(MergePolicy)
+
+    def vectors(self) -> list[DataVector]:
+        return self.cache.all(DataVector)
+
+    def versions(self) -> list[ModelVersion]:
+        return self.cache.all(ModelVersion)
+
+    def base_models(self) -> list[BaseModelResource]:
+        return self.cache.all(BaseModelResource)
+
+    def base_reference(self, reference: str) -> str:
+        base = self.cache.get(BaseModelResource, reference)
+        return base.spec.artifact_digest if base else reference
+
+    def add_vector(self, vector: DataVector) -> DataVector:
+        return self._add(vector)
+
+    def add_version(self, version: ModelVersion) -> ModelVersion:
+        added = self._add(version)
+        if not added.status.conditions:
+            self.save(added.with_phase(added.status.phase, now=utc_now()))
+        return added
+
+    def save(self, *changed: Resource) -> None:
+        """Writes the objects' status, each only if it is still as it was when that was planned.
+
+        Raises:
+            ApiConflict: one is not; the objects before it are written.
+        """
+        for resource in changed:
+            kind, name = type(resource), resource.name
+            status: dict[str, Any] = resource.model_dump(mode="json", by_alias=True, include={"status"})
+            metadata = {"resourceVersion": resource.metadata.resource_version}
+            try:
+                answer = self._api.patch(Kind.of(kind), name, {"metadata": metadata, **status}, part="status")
+            except ApiConflict:
+                self._read_again(kind, name)
+                raise
+            except ObjectMissing:
+                self.cache.forget(kind, name)
+                raise
+            self.cache.observe(kind, answer)
+
+    def withdraw(
+        self, hospital: str, base_digest: str | None, arriving: Collection[DataVector] = ()
+    ) -> tuple[list[DataVector], list[ModelVersion]]:
+        vectors = [*self.vectors(), *(vector for vector in arriving if not self.cache.get(DataVector, vector.name))]
+        taken_back, revoked = withdraw(vectors, self.versions(), hospital, base_digest, utc_now())
+        for vector in taken_back:
+            self.withdraw_vector(vector)
+        self.save(*(version for version in revoked if self.cache.get(ModelVersion, version.name) != version))
+        return taken_back, revoked
+
+    def withdraw_vector(self, vector: DataVector) -> None:
+        """Makes sure that a vector is there, and withdrawn."""
+        added = self._add(vector)
+        if added.granted:
+            spec = {"spec": {"consent": "Withdrawn"}}
+            self.cache.observe(DataVector, self._api.patch(Kind.of(DataVector), vector.name, spec))
+
+    def _add(self, resource: AnyResource) -> AnyResource:
+        kind = type(resource)
+        content = resource.dump()
+        content["metadata"] = {"name": resource.name}
+        content.pop("status", None)  # a subresource of its own
+        try:
+            answer = self._api.create(Kind.of(kind), content)
+        except ApiConflict:
+            answer = self._api.get(Kind.of(kind), resource.name)
+        self.cache.observe(kind, answer)
+        return decode(kind, answer)
+
+    def _read_again(self, kind: type[Resource], name: str) -> None:
+        try:
+            self.cache.observe(kind, self._api.get(Kind.of(kind), name))
+        except ObjectMissing:
+            self.cache.forget(kind, name)
+
+
+class Feed:
+    """Keeps a cache current by watching the API, with a thread for each kind; an outage is waited out.
+
+    After an outage everything is listed again, so nothing that was deleted meanwhile stays.
+    """
+
+    def __init__(self, api: Api, cache: Cache, kinds: Iterable[type[Resource]], changed: Callable[[], None]) -> None:
+        self._api = api
+        self._cache = cache
+        self._changed = changed
+        self._stopping = threading.Event()
+        self._loaded = {kind: threading.Event() for kind in kinds}
+
+    def start(self) -> None:
+        for kind in self._loaded:
+            threading.Thread(target=self._follow, args=(kind,), name=f"watch {kind.plural}", daemon=True).start()
+
+    def wait_until_loaded(self, seconds: float) -> bool:
+        """Whether every kind has been listed once, after waiting `seconds` for each at most."""
+        return all(event.wait(seconds) for event in self._loaded.values())
+
+    @property
+    def loaded(self) -> bool:
+        return all(event.is_set() for event in self._loaded.values())
+
+    def stop(self) -> None:
+        self._stopping.set()
+
+    def _follow(self, kind: type[Resource]) -> None:
+        pause, said = FIRST_PAUSE, ""
+        while not self._stopping.is_set():
+            try:
+                resource_version = self._cache.load(self._api, kind)
+                self._loaded[kind].set()
+                self._changed()
+                pause, said = FIRST_PAUSE, _back(kind, said)
+                while not self._stopping.is_set():
+                    resource_version = self._watch(kind, resource_version)
+            except ObjectMissing as error:  # the version is too old, or there is no such kind
+                said = _complain(error, said)
+            except ClusterError as error:
+                said = _complain(error, said)
+            self._stopping.wait(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _watch(self, kind: type[Resource], resource_version: str) -> str:
+        for event, content in self._api.watch(Kind.of(kind), resource_version):
+            self._cache.observe(kind, content, gone=event == "DELETED")
+            resource_version = content["metadata"]["resourceVersion"]
+            self._changed()
+        return resource_version
+
+
+def _complain(error: ClusterError, said: str) -> str:
+    """Logs what is new about an outage."""
+    if str(error) != said:
+        log.warning("%s", error)
+    return str(error)
+
+
+def _back(kind: type[Resource], said: str) -> str:
+    if said:
+        log.info("%s can be read again", kind.plural)
+    return ""
