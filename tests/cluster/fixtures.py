@@ -20,12 +20,13 @@ from tests.cluster.client import Cluster
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.kubelet import Kubelet
 
+DEFINITIONS = Path(__file__).parents[2] / "charts" / "crds" / "templates"
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Builds what the chosen tests need."""
-    needed = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    needed = {name for item in session.items for name in _fixtures_of(item)}
     modules = []
     if "floor" in needed or ("cluster" in needed and not _given()):
         modules.append(CONTROL_PLANE)
@@ -68,6 +69,20 @@ def floor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     plane.close()
 
 
+@pytest.fixture(scope="session")
+def crds(cluster: Cluster) -> tuple[str, ...]:
+    """The custom resource definitions, established in the cluster; their names. They hold for the whole cluster."""
+    return establish_definitions(cluster)
+
+
+@pytest.fixture(scope="session", params=["cluster", "floor"])
+def served(request: pytest.FixtureRequest) -> Cluster:
+    """The cluster, and then the oldest one, with the custom resource definitions."""
+    cluster: Cluster = request.getfixturevalue(request.param)
+    establish_definitions(cluster)
+    return cluster
+
+
 @pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
     """A fresh namespace that allows only restricted Pods."""
@@ -97,6 +112,19 @@ def start_kubelet(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[
             return kubelet
 
         yield start
+
+
+def _fixtures_of(item: pytest.Item) -> set[str]:
+    """The fixtures that a test names, and the cluster that `served` stands for in it."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return {*getattr(item, "fixturenames", ()), parameters.get("served", "")}
+
+
+def establish_definitions(cluster: Cluster) -> tuple[str, ...]:
+    """Applies the committed custom resource definitions, waits until they serve, and returns their names."""
+    names = tuple(cluster.kubectl("apply", f"--filename={DEFINITIONS}", "--output=name").split())
+    cluster.kubectl("wait", "--for=condition=Established", *names, "--timeout=60s")
+    return names
 
 
 def _given() -> Path | None:
