@@ -54,6 +54,7 @@ class Cache:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._objects: dict[type[Resource], dict[str, Resource]] = {kind: {} for kind in KINDS}
+        self._ignored: dict[type[Resource], set[str]] = {kind: set() for kind in KINDS}
 
     def all(self, kind: type[AnyResource]) -> list[AnyResource]:
         with self._lock:
@@ -63,22 +64,31 @@ class Cache:
         with self._lock:
             return self._objects[kind].get(name)  # type: ignore[return-value]
 
-    def observe(self, kind: type[Resource], content: Object, *, gone: bool = False) -> None:
-        """Takes note of an object's newest state, from a watch or from the answer to a request."""
+    def size(self, kind: type[Resource]) -> int:
+        """How many objects there are, those that this program does not understand included."""
+        with self._lock:
+            return len(self._objects[kind].keys() | self._ignored[kind])
+
+    def observe(self, kind: type[Resource], content: Object, *, gone: bool = False) -> bool:
+        """Takes note of an object's newest state, from a watch or from the answer to a request.
+
+        Returns:
+            Whether that is news.
+        """
         name, version = content["metadata"]["name"], int(content["metadata"]["resourceVersion"])
         with self._lock:
             known = self._objects[kind].get(name)
-            if known is not None and int(known.metadata.resource_version or 0) > version:
-                return
-            if gone:
+            if known is not None and int(known.metadata.resource_version or 0) >= version:
+                return False
+            resource = None if gone else _decoded(kind, content)
+            self._ignored[kind].discard(name)
+            if resource is not None:
+                self._objects[kind][name] = resource
+            elif gone:
                 self._objects[kind].pop(name, None)
-                return
-        self.put(_decoded(kind, content))
-
-    def put(self, resource: Resource | None) -> None:
-        if resource is not None:
-            with self._lock:
-                self._objects[type(resource)][resource.name] = resource
+            else:
+                self._ignored[kind].add(name)
+        return True
 
     def forget(self, kind: type[Resource], name: str) -> None:
         with self._lock:
@@ -91,14 +101,17 @@ class Cache:
             The resource version from which a watch goes on.
         """
         found: dict[str, Resource] = {}
+        ignored: set[str] = set()
 
         def take(content: Object) -> None:
             if (resource := _decoded(kind, content)) is not None:
                 found[resource.name] = resource
+            else:
+                ignored.add(content["metadata"]["name"])
 
         resource_version = api.list(Kind.of(kind), take)
         with self._lock:
-            self._objects[kind] = found
+            self._objects[kind], self._ignored[kind] = found, ignored
         return resource_version
 
 
