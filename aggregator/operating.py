@@ -177,7 +177,7 @@ def event(resource: Resource, reason: str, message: str, namespace: str) -> Obje
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"generateName": f"{resource.name}.", "namespace": namespace},
+        "metadata": {"generateName": f"{resource.name[:50].rstrip('.-')}-", "namespace": namespace},
         "eventTime": utc_now().isoformat().replace("+00:00", "Z"),
         "type": "Warning" if bad else "Normal",
         "reason": reason,

@@ -6,6 +6,7 @@ kopf's handlers take note of what changed and wake the reconciliation; `aggregat
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import kopf
@@ -21,6 +22,7 @@ from datavector.errors import DataVectorError
 
 @kopf.on.startup()
 async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # it has a line for each piece of news
     settings.scanning.disabled = True  # a Role knows neither namespaces nor definitions
     settings.posting.enabled = False  # events are ours, about steps, not about handlers
     settings.watching.connect_timeout = 5
