@@ -105,6 +105,17 @@ def base_create(
     typer.echo(base.digest)
 
 
+@base_app.command("import")
+def base_import(
+    source: Annotated[Path, typer.Argument(help="Folder that `datavector base create` wrote.")],
+    store: Annotated[Path, typer.Option(help="The aggregator's store.")],
+) -> None:
+    """Copy a base model into an aggregator's store; prints the BaseModel object to apply in a cluster."""
+    from aggregator.importing import import_base
+
+    typer.echo(import_base(source, store), nl=False)
+
+
 ServerNames = Annotated[
     list[str] | None, typer.Option("--server-name", help="DNS name or IP address of the aggregator; may be repeated.")
 ]
