@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 STUBS  := datavector/wire/v1
 OUT    ?= demo-out
 
-.PHONY: demo test check bench stubs format clean
+.PHONY: demo test check bench stubs crds format clean
 
 demo: $(READY)          ## from images to one merged ONNX model, in minutes
 	$(BIN)/datavector demo --output $(OUT)
@@ -20,6 +20,7 @@ check: $(READY)         ## style, types, architecture, generated code
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/check_stubs.py
+	$(BIN)/python tests/check_crds.py
 
 bench: $(READY)         ## tables of measured speed; asserts nothing
 	$(BIN)/python -m bench
@@ -30,6 +31,9 @@ format: $(READY)
 
 stubs: $(READY)         ## datavector/wire/v1 from proto/
 	$(BIN)/python tests/check_stubs.py --write
+
+crds: $(READY)          ## charts/crds/templates from aggregator/resources.py
+	$(BIN)/python tests/check_crds.py --write
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

@@ -240,7 +240,7 @@ class Export(Part):
     opset: int = Field(default=20, ge=18, le=21, description="ONNX operator set of the release.")
 
 
-Quantities = dict[str, str]
+Quantities = Annotated[dict[str, Annotated[str, Field(max_length=32)]], Field(max_length=16)]
 
 
 class Resources(Part):
@@ -270,7 +270,9 @@ class JobSettings(Part):
         description="Resources of a Job's container; exporting a model takes the most memory.",
     )
     node_selector: dict[str, str] = Field(default={}, description="Labels that a Job's node must have.")
-    tolerations: tuple[Toleration, ...] = Field(default=(), description="Taints that a Job's Pod tolerates.")
+    tolerations: tuple[Toleration, ...] = Field(
+        default=(), max_length=32, description="Taints that a Job's Pod tolerates."
+    )
     priority_class_name: str | None = Field(default=None, description="PriorityClass of a Job's Pod.")
     backoff_limit: int = Field(default=3, ge=0, le=20, description="Failed Pods of a Job after which it has failed.")
     ttl_seconds_after_finished: int = Field(
@@ -340,7 +342,7 @@ class VersionInput(Part):
 class VersionSpec(Part):
     policy_ref: Name = Field(description="Name of the MergePolicy that asked for it.")
     base_model_ref: Digest = Field(description="Digest of the base model.")
-    inputs: tuple[VersionInput, ...] = Field(description="The vectors that are merged, sorted by digest.")
+    inputs: tuple[VersionInput, ...] = Field(min_length=1, description="The vectors that are merged, sorted by digest.")
     inputs_hash: str = Field(description="SHA-256 of the inputs and of every setting that shapes the result.")
     method: Method = Field(description="How the vectors become one.")
     calibration: CalibrationMethod = Field(description="How BatchNorm statistics are restored.")

@@ -20,6 +20,7 @@ from tests.cluster.client import Cluster
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.kubelet import Kubelet
 
+DEFINITIONS = Path(__file__).parents[2] / "charts" / "crds" / "templates"
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 
 
@@ -68,6 +69,12 @@ def floor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     plane.close()
 
 
+@pytest.fixture(scope="session")
+def crds(cluster: Cluster) -> tuple[str, ...]:
+    """The custom resource definitions, established in the cluster; their names. They hold for the whole cluster."""
+    return establish_definitions(cluster)
+
+
 @pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
     """A fresh namespace that allows only restricted Pods."""
@@ -97,6 +104,13 @@ def start_kubelet(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[
             return kubelet
 
         yield start
+
+
+def establish_definitions(cluster: Cluster) -> tuple[str, ...]:
+    """Applies the committed custom resource definitions, waits until they serve, and returns their names."""
+    names = tuple(cluster.kubectl("apply", f"--filename={DEFINITIONS}", "--output=name").split())
+    cluster.kubectl("wait", "--for=condition=Established", *names, "--timeout=60s")
+    return names
 
 
 def _given() -> Path | None:
