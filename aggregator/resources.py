@@ -195,7 +195,8 @@ class Trigger(Part):
     )
     max_wait_seconds: Seconds = Field(
         default=3600,
-        description="But no later than this after there were enough hospitals; at least quietPeriodSeconds.",
+        description="A version is made no later than this after there were enough hospitals; at least "
+        "quietPeriodSeconds.",
     )
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Builds what the chosen tests need."""
-    needed = {name for item in session.items for name in getattr(item, "fixturenames", ())}
+    needed = {name for item in session.items for name in _fixtures_of(item)}
     modules = []
     if "floor" in needed or ("cluster" in needed and not _given()):
         modules.append(CONTROL_PLANE)
@@ -75,6 +75,14 @@ def crds(cluster: Cluster) -> tuple[str, ...]:
     return establish_definitions(cluster)
 
 
+@pytest.fixture(scope="session", params=["cluster", "floor"])
+def served(request: pytest.FixtureRequest) -> Cluster:
+    """The cluster, and then the oldest one, with the custom resource definitions."""
+    cluster: Cluster = request.getfixturevalue(request.param)
+    establish_definitions(cluster)
+    return cluster
+
+
 @pytest.fixture
 def namespace(cluster: Cluster) -> Iterator[str]:
     """A fresh namespace that allows only restricted Pods."""
@@ -104,6 +112,12 @@ def start_kubelet(cluster: Cluster, namespace: str, tmp_path: Path) -> Iterator[
             return kubelet
 
         yield start
+
+
+def _fixtures_of(item: pytest.Item) -> set[str]:
+    """The fixtures that a test names, and the cluster that `served` stands for in it."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return {*getattr(item, "fixturenames", ()), parameters.get("served", "")}
 
 
 def establish_definitions(cluster: Cluster) -> tuple[str, ...]:
