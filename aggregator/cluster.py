@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Collection, Iterable
@@ -20,7 +21,7 @@ from aggregator.resources import (
     Resource,
     utc_now,
 )
-from datavector.errors import ApiConflict, ClusterError, ObjectMissing
+from datavector.errors import ApiConflict, DataVectorError, ObjectMissing
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class Cache:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._objects: dict[type[Resource], dict[str, Resource]] = {kind: {} for kind in KINDS}
+        self._newest: dict[type[Resource], dict[str, int]] = {kind: {} for kind in KINDS}  # also of what is gone
 
     def all(self, kind: type[AnyResource]) -> list[AnyResource]:
         with self._lock:
@@ -66,26 +68,22 @@ class Cache:
     def observe(self, kind: type[Resource], content: Object, *, gone: bool = False) -> None:
         """Takes note of an object's newest state, from a watch or from the answer to a request."""
         name, version = content["metadata"]["name"], int(content["metadata"]["resourceVersion"])
+        resource = None if gone else _decoded(kind, content)
         with self._lock:
-            known = self._objects[kind].get(name)
-            if known is not None and int(known.metadata.resource_version or 0) > version:
+            if self._newest[kind].get(name, 0) > version:
                 return
+            self._newest[kind][name] = version
             if gone:
                 self._objects[kind].pop(name, None)
-                return
-        self.put(_decoded(kind, content))
-
-    def put(self, resource: Resource | None) -> None:
-        if resource is not None:
-            with self._lock:
-                self._objects[type(resource)][resource.name] = resource
+            elif resource is not None:
+                self._objects[kind][name] = resource
 
     def forget(self, kind: type[Resource], name: str) -> None:
         with self._lock:
             self._objects[kind].pop(name, None)
 
     def load(self, api: Api, kind: type[Resource]) -> str:
-        """Replaces what is known of a kind by what the API server has.
+        """Replaces what is known of a kind by what the API server has, but for what was observed since.
 
         Returns:
             The resource version from which a watch goes on.
@@ -98,7 +96,11 @@ class Cache:
 
         resource_version = api.list(Kind.of(kind), take)
         with self._lock:
-            self._objects[kind] = found
+            newest = {name: version for name, version in self._newest[kind].items() if version > int(resource_version)}
+            listed = {name: resource for name, resource in found.items() if name not in newest}
+            since = {name: resource for name, resource in self._objects[kind].items() if name in newest}
+            self._objects[kind] = listed | since
+            self._newest[kind] = newest
         return resource_version
 
 
@@ -231,25 +233,31 @@ class Feed:
 
     @property
     def loaded(self) -> bool:
-        return all(event.is_set() for event in self._loaded.values())
+        return not self.missing
+
+    @property
+    def missing(self) -> list[str]:
+        """The kinds that have not been listed yet, by their plural names."""
+        return [kind.plural for kind, event in self._loaded.items() if not event.is_set()]
 
     def stop(self) -> None:
         self._stopping.set()
 
     def _follow(self, kind: type[Resource]) -> None:
-        pause, said = FIRST_PAUSE, ""
+        pause, said = FIRST_PAUSE, set[str]()
         while not self._stopping.is_set():
             try:
                 resource_version = self._cache.load(self._api, kind)
                 self._loaded[kind].set()
                 self._changed()
-                pause, said = FIRST_PAUSE, _back(kind, said)
-                while not self._stopping.is_set():
-                    resource_version = self._watch(kind, resource_version)
-            except ObjectMissing as error:  # the version is too old, or there is no such kind
-                said = _complain(error, said)
-            except ClusterError as error:
-                said = _complain(error, said)
+                if said:
+                    log.info("%s can be read again", kind.plural)
+                pause, said = FIRST_PAUSE, set()
+                with contextlib.suppress(ObjectMissing):  # the version is too old, or the kind is gone: list again
+                    while not self._stopping.is_set():
+                        resource_version = self._watch(kind, resource_version)
+            except Exception as error:  # a thread that ended would leave the cache as it is for ever
+                said = {complain(error, said)}
             self._stopping.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -261,14 +269,12 @@ class Feed:
         return resource_version
 
 
-def _complain(error: ClusterError, said: str) -> str:
-    """Logs what is new about an outage."""
-    if str(error) != said:
-        log.warning("%s", error)
+def complain(error: Exception, said: Collection[str]) -> str:
+    """Logs an error, unless that has been said.
+
+    Returns:
+        Its text.
+    """
+    if str(error) not in said:
+        log.warning("%s", error, exc_info=None if isinstance(error, DataVectorError) else error)
     return str(error)
-
-
-def _back(kind: type[Resource], said: str) -> str:
-    if said:
-        log.info("%s can be read again", kind.plural)
-    return ""

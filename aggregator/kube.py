@@ -7,6 +7,7 @@ identity: a Pod's service account, else the kubeconfig of KUBECONFIG.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -198,7 +199,7 @@ def _configuration() -> Configuration:
         load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
     except ConfigException:
         try:
-            load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=configuration)  # type: ignore[no-untyped-call]
         except (ConfigException, OSError, TypeError) as error:
             raise ConfigError(
                 f"there is no way to a Kubernetes API server ({error})",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from aggregator.reconcile import withdraw
-from aggregator.resources import DataVector, MergePolicy, ModelVersion, Phase, Resource, utc_now
+from aggregator.resources import BaseModelResource, DataVector, MergePolicy, ModelVersion, Phase, Resource, utc_now
 from datavector.errors import DiskFull, TryAgain
 
 AnyResource = TypeVar("AnyResource", bound=Resource)
@@ -25,6 +25,11 @@ class Registry(Protocol):
     def vectors(self) -> list[DataVector]: ...
 
     def versions(self) -> list[ModelVersion]: ...
+
+    def base_models(self) -> list[BaseModelResource]: ...
+
+    def base_reference(self, reference: str) -> str:
+        """What a policy's baseModelRef names in the store: a name or a digest."""
 
     def add_vector(self, vector: DataVector) -> DataVector:
         """Records a vector; the one that is already there under that name wins and is returned."""
@@ -83,6 +88,12 @@ class SqliteRegistry:
 
     def versions(self) -> list[ModelVersion]:
         return self._list(ModelVersion)
+
+    def base_models(self) -> list[BaseModelResource]:
+        return []  # the store's are all there are
+
+    def base_reference(self, reference: str) -> str:
+        return reference
 
     def set_policies(self, policies: Iterable[MergePolicy]) -> None:
         """Makes these the only policies: the policy file is their source of truth."""
