@@ -189,7 +189,7 @@ class Api:
         except urllib3.exceptions.HTTPError as error:
             raise ApiUnavailable(self.server, str(error)) from error
         if answer.status >= 400:
-            raise _error(answer.status, _status(answer.data), method, kind, "/".join(path))
+            raise _error(answer.status, _status(answer.data), method, kind, "/".join(filter(None, path)))
         return answer
 
 
