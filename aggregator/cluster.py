@@ -55,7 +55,8 @@ class Cache:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._objects: dict[type[Resource], dict[str, Resource]] = {kind: {} for kind in KINDS}
-        self._newest: dict[type[Resource], dict[str, int]] = {kind: {} for kind in KINDS}  # also of what is gone
+        self._listed = dict.fromkeys(KINDS, 0)  # resource version of the last list
+        self._newest: dict[type[Resource], dict[str, int]] = {kind: {} for kind in KINDS}  # since then; gone ones, too
 
     def all(self, kind: type[AnyResource]) -> list[AnyResource]:
         with self._lock:
@@ -70,7 +71,7 @@ class Cache:
         name, version = content["metadata"]["name"], int(content["metadata"]["resourceVersion"])
         resource = None if gone else _decoded(kind, content)
         with self._lock:
-            if self._newest[kind].get(name, 0) > version:
+            if version <= self._listed[kind] or version < self._newest[kind].get(name, 0):
                 return
             self._newest[kind][name] = version
             if gone:
@@ -95,12 +96,12 @@ class Cache:
                 found[resource.name] = resource
 
         resource_version = api.list(Kind.of(kind), take)
+        listed = int(resource_version)
         with self._lock:
-            newest = {name: version for name, version in self._newest[kind].items() if version > int(resource_version)}
-            listed = {name: resource for name, resource in found.items() if name not in newest}
+            newest = {name: version for name, version in self._newest[kind].items() if version > listed}
             since = {name: resource for name, resource in self._objects[kind].items() if name in newest}
-            self._objects[kind] = listed | since
-            self._newest[kind] = newest
+            self._objects[kind] = {name: found[name] for name in found if name not in newest} | since
+            self._listed[kind], self._newest[kind] = listed, newest
         return resource_version
 
 

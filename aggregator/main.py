@@ -13,10 +13,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from aggregator.embedded import Reconciler
-from aggregator.metrics import Metrics
+from aggregator.embedded import ChildJobs
+from aggregator.metrics import Metrics, ReconcileMetrics
 from aggregator.policy_file import load_policies
 from aggregator.receiver import Receiver
+from aggregator.reconciler import Reconciler
 from aggregator.registry import SqliteRegistry
 from aggregator.resources import ModelVersion
 from aggregator.settings import AggregatorSettings
@@ -74,17 +75,19 @@ def _alone(store: Store) -> Iterator[None]:
 
 async def _serve(settings: AggregatorSettings, store: Store, registry: SqliteRegistry) -> None:
     metrics = Metrics()
-    waiting: dict[str, str] = {}
+    said: dict[str, str] = {}
 
     def settled(sentences: dict[str, str]) -> None:
         metrics.count_objects(registry.vectors(), registry.versions())
         for name, sentence in sentences.items():
-            if waiting.get(name) != sentence:
+            if said.get(name) != sentence:
                 say(f"{name}: {sentence}")
-        waiting.update(sentences)
+        said.update(sentences)
 
-    reconciler = Reconciler(store, registry, settled)
-    receiver = Receiver(store, registry, settings, reconciler.wake, waiting, metrics)
+    jobs = ChildJobs(store.root)
+    reconciler = Reconciler(store, registry, jobs, settled, metrics=ReconcileMetrics(metrics.registry))
+    jobs.wake = reconciler.wake
+    receiver = Receiver(store, registry, settings, reconciler.wake, metrics=metrics)
     if settings.metrics_port:
         serve_metrics(metrics.registry, settings.metrics_port)
     address = await receiver.start()
@@ -102,6 +105,7 @@ async def _serve(settings: AggregatorSettings, store: Store, registry: SqliteReg
     reconciling.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await reconciling
+    await jobs.close()
     say("stopped; starting again goes on from here")
 
 
@@ -131,7 +135,7 @@ def print_status(root: Path) -> None:
     for version in registry.versions():
         versions.add_row(*_version_row(version))
     console.print(vectors, versions)
-    reconciler = Reconciler(store, registry, lambda _: None)
+    reconciler = Reconciler(store, registry, ChildJobs(store.root))
     for policy in registry.policies():
         console.print(f"{policy.name}: {reconciler.explain(policy)}")
     registry.close()

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
 
-from prometheus_client import CollectorRegistry, Counter, Gauge
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from aggregator.reconcile import World, eligible
 from aggregator.resources import Consent, DataVector, ModelVersion, Phase
 
 
@@ -41,3 +45,52 @@ class Metrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"datavector_receiver_{name}", text, labels, registry=self.registry)
+
+
+@dataclass
+class Outcome:
+    """How a round of reconciliation ended."""
+
+    faults: int = 0
+
+
+class ReconcileMetrics:
+    """Metrics of one reconciliation, embedded or the operator's."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or CollectorRegistry()
+        self._seconds = Histogram(
+            "datavector_reconcile_seconds",
+            "Duration of rounds of reconciliation.",
+            buckets=(0.005, 0.02, 0.1, 0.5, 2, 10, 60),
+            registry=registry,
+        )
+        self._rounds = Counter(
+            "datavector_reconcile_rounds", "Rounds by how they ended.", ("outcome",), registry=registry
+        )
+        self._queue_age = Gauge(
+            "datavector_queue_age_seconds",
+            "Age of the oldest vector that is in no version of its policy yet.",
+            ("policy",),
+            registry=registry,
+        )
+
+    @contextmanager
+    def round(self) -> Iterator[Outcome]:
+        """Counts and times a round."""
+        outcome, ended = Outcome(), "failed"
+        try:
+            with self._seconds.time():
+                yield outcome
+            ended = "faults" if outcome.faults else "settled"
+        finally:
+            self._rounds.labels(ended).inc()
+
+    def waiting(self, worlds: Iterable[World], now: datetime) -> None:
+        """Sets for each policy how long its oldest vector has waited."""
+        self._queue_age.clear()
+        for world in worlds:
+            merged = {name for version in world.versions for name in version.vectors}
+            times = [vector.arrived_at for vector in eligible(world) if vector.name not in merged]
+            age = max((now - min(times)).total_seconds(), 0) if times else 0
+            self._queue_age.labels(world.policy.name).set(age)

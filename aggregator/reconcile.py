@@ -15,18 +15,24 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from aggregator.resources import (
+    BaseModelResource,
     Calibration,
     CalibrationMethod,
     CalibrationMode,
     CalibrationReport,
+    Condition,
+    ConditionStatus,
     Consent,
     DataVector,
     MergePolicy,
     Metadata,
     ModelVersion,
     Phase,
+    PolicyStatus,
+    Resource,
     VersionInput,
     VersionSpec,
+    with_condition,
 )
 from datavector.files import canonical_json
 
@@ -42,10 +48,15 @@ SKEW = timedelta(minutes=5)  # between the clocks that write times
 
 @dataclass(frozen=True)
 class Base:
-    """What reconciliation needs to know of a base model."""
+    """What reconciliation needs to know of a base model.
+
+    Attributes:
+        vector_size: bytes of each of its vectors.
+    """
 
     digest: str
     has_batchnorm: bool
+    vector_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,7 @@ class World:
         reports: what finished job stages reported, by version and stage.
         visits: rounds done, by version and hospital.
         running: versions with a running job.
+        refused: why the policy cannot be carried out as it is written, as a sentence; empty where it can.
     """
 
     policy: MergePolicy
@@ -66,6 +78,7 @@ class World:
     reports: Mapping[tuple[str, Stage], Mapping[str, Any]] = field(default_factory=dict)
     visits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     running: frozenset[str] = frozenset()
+    refused: str = ""
 
 
 # --- Actions --------------------------------------------------------------------------------------------------
@@ -80,7 +93,7 @@ class CreateVersion:
 class Save:
     """Replaces an object by its next state."""
 
-    resource: ModelVersion | DataVector
+    resource: Resource
 
 
 @dataclass(frozen=True)
@@ -163,8 +176,7 @@ def sweep(
     for vector in vectors:
         unwanted = not vector.granted or vector.name in replaced
         if unwanted and vector.name not in needed and vector.status.erased_at is None:
-            status = vector.status.model_copy(update={"erased_at": now})
-            actions.append(EraseBlob(vector.model_copy(update={"status": status})))
+            actions.append(EraseBlob(_erased(vector, now)))
     return actions
 
 
@@ -177,19 +189,38 @@ def abandon(versions: Iterable[ModelVersion], now: datetime) -> list[Action]:
     ]
 
 
-def job_failed(version: ModelVersion, message: str, *, passing: bool, now: datetime) -> ModelVersion:
-    """A version after its job failed.
+@dataclass(frozen=True)
+class Failure:
+    """What became of a version's job that did not finish.
 
-    Args:
+    Attributes:
+        message: why, as a sentence.
         passing: for a reason that may pass by itself (a full disk, a lost machine): tried again without end. Any other
             is tried ATTEMPTS times.
+        at: when it failed.
+        tries: of those that this failure was.
     """
-    attempts = version.status.attempts + (not passing)
+
+    message: str
+    passing: bool
+    at: datetime
+    tries: int = 1
+
+
+def on_record(version: ModelVersion, failure: Failure) -> bool:
+    """Whether a failure of a version's job needs no more writing down."""
+    retry_at = version.status.retry_at
+    return not version.status.phase.unfinished or (retry_at is not None and retry_at > failure.at)
+
+
+def job_failed(version: ModelVersion, failure: Failure) -> ModelVersion:
+    """A version after its job failed."""
+    attempts = version.status.attempts + (0 if failure.passing else failure.tries)
     if attempts >= ATTEMPTS:
-        return version.with_phase(Phase.FAILED, now=now, message=message)
-    retry_at = now + (PAUSE if passing else timedelta(seconds=2.0**attempts))
-    status = version.status.model_copy(update={"attempts": attempts, "message": message, "retry_at": retry_at})
-    return version.model_copy(update={"status": status})
+        return version.with_phase(Phase.FAILED, now=failure.at, message=failure.message)
+    retry_at = failure.at + (PAUSE if failure.passing else timedelta(seconds=2.0**attempts))
+    changes = {"attempts": attempts, "retry_at": retry_at}
+    return version.with_message("JobFailed", failure.message, now=failure.at, **changes)
 
 
 def revocations(vectors: Iterable[DataVector], versions: Iterable[ModelVersion], now: datetime) -> list[ModelVersion]:
@@ -300,17 +331,93 @@ def quorum(calibration: Calibration, version: ModelVersion) -> int:
     return min(calibration.quorum or len(version.hospitals), len(version.hospitals))
 
 
+def policy_status(world: World, now: datetime) -> PolicyStatus:
+    """What a policy's object says of it."""
+    latest = newest_ready(world.versions)
+    sentence = explain(world, now)
+    if world.base is None:
+        accepted: _Values = ("False", "BaseModelMissing", sentence)
+    elif world.refused:
+        accepted = ("False", "InvalidMethod", sentence)
+    else:
+        accepted = ("True", "Accepted", "")
+    ready: _Values = ("True", "Ready", latest.name) if latest else ("False", "NoReadyVersion", sentence)
+    values = {"Accepted": accepted, "Reconciled": ("True", "Reconciled", ""), "Ready": ready}
+    return _policy_status(world.policy, sentence, latest.name if latest else None, values, now)
+
+
+def policy_fault(policy: MergePolicy, error: Exception, now: datetime) -> PolicyStatus:
+    """What a policy's object says while an error keeps it from being carried out."""
+    status = policy.status
+    sentence = f"stopped by an error: {error}"
+    values: dict[str, _Values] = {"Reconciled": ("False", type(error).__name__, str(error))}
+    return _policy_status(policy, sentence, status.latest_version, values, now)
+
+
+def vector_state(
+    vector: DataVector, base: Base | None, size: int | None, merged_in: tuple[str, ...], now: datetime
+) -> DataVector:
+    """A vector whose object says what is known of it; the same one where it says so already.
+
+    Args:
+        base: its base model, or None where the store lacks it.
+        size: bytes of its file in the store, or None where there is none.
+        merged_in: Ready versions that contain it.
+    """
+    spec, status = vector.spec, vector.status
+    changes: dict[str, Any] = {"merged_in": merged_in}
+    if not vector.granted and status.withdrawn_at is None:
+        changes["withdrawn_at"] = now
+    if status.erased_at is None:
+        stored: _Values = ("True", "FileStored", f"{size} bytes")
+        valid: _Values = ("True", "FitsBaseModel", "")
+        if size is None:
+            stored = ("False", "FileMissing", "the store has no file of it: let the hospital send it, or delete this")
+        if base is None:
+            message = f"the store has no base model {spec.base_model_ref}: import it, or delete this"
+            valid = ("False", "UnknownBaseModel", message)
+        elif not size == spec.artifact.size == base.vector_size:
+            message = f"the file has {size} bytes, the object says {spec.artifact.size}, the base {base.vector_size}"
+            valid = ("False", "WrongSize", message)
+        elif status.stored_at is None:
+            changes["stored_at"] = vector.metadata.creation_timestamp or now
+        changes["conditions"] = _conditions(status.conditions, {"Stored": stored, "Validated": valid}, vector, now)
+    changed = vector.model_copy(update={"status": status.model_copy(update=changes)})
+    return vector if changed == vector else changed
+
+
+def base_state(base: BaseModelResource, *, available: bool, now: datetime) -> BaseModelResource:
+    """A BaseModel that says whether the store has it; the same one where it says so already."""
+    values: _Values = ("True", "InStore", "")
+    if not available:
+        message = f"the store has no {base.spec.artifact_digest}; import it: datavector base import DIR --store STORE"
+        values = ("False", "NotInStore", message)
+    conditions = _conditions(base.status.conditions, {"Available": values}, base, now)
+    if conditions == base.status.conditions:
+        return base
+    return base.model_copy(update={"status": base.status.model_copy(update={"conditions": conditions})})
+
+
+def newest_ready(versions: Iterable[ModelVersion]) -> ModelVersion | None:
+    """The version that clients get: the one that became Ready last."""
+    ready = [version for version in versions if version.status.phase is Phase.READY]
+    return max(ready, key=lambda version: (version.status.ready_at or _LONG_AGO, version.name), default=None)
+
+
 def explain(world: World, now: datetime) -> str:
     """What the policy is waiting for, as a sentence."""
     spec = world.policy.spec
     if spec.suspend:
         return "suspended: set suspend to false to go on"
     if world.base is None:
-        return f"base model {spec.base_model_ref!r} is not in the store; import it with --base"
+        return f"base model {spec.base_model_ref!r} is not in the store; import it: datavector base import"
+    if world.refused:
+        return world.refused
     vectors = eligible(world)
     if len(vectors) < spec.trigger.min_hospitals:
         missing = spec.trigger.min_hospitals - len(vectors)
-        return f"{len(vectors)} of {spec.trigger.min_hospitals} hospitals; waiting for {missing} more"
+        more = "one" if missing == 1 else missing
+        return f"{len(vectors)} of {spec.trigger.min_hospitals} hospitals; waiting for {more} more"
     wanted = desired_version(world, vectors)
     version = {version.name: version for version in world.versions}.get(wanted.name)
     if version is None or version.status.phase is Phase.SUPERSEDED:
@@ -335,7 +442,7 @@ def explain(world: World, now: datetime) -> str:
 def _next_version(world: World, now: datetime) -> list[Action]:
     """Creates the version of the eligible vectors once it is due, or revives it; unfinished others give way to it."""
     vectors = eligible(world)
-    if world.policy.spec.suspend or len(vectors) < world.policy.spec.trigger.min_hospitals:
+    if world.refused or world.policy.spec.suspend or len(vectors) < world.policy.spec.trigger.min_hospitals:
         return []
     wanted = desired_version(world, vectors)
     known = {version.name: version for version in world.versions}.get(wanted.name)
@@ -497,6 +604,35 @@ def _missing_visits(version: ModelVersion, world: World, now: datetime) -> str:
 def _credible(time: datetime, now: datetime) -> datetime:
     """A time that was written, or the distant past where a clock that was ahead has written it: nobody waits for it."""
     return time if time <= now + SKEW else _LONG_AGO
+
+
+def _erased(vector: DataVector, now: datetime) -> DataVector:
+    values: dict[str, _Values] = {"Stored": ("False", "Erased", ""), "Erased": ("True", "Erased", "")}
+    conditions = _conditions(vector.status.conditions, values, vector, now)
+    status = vector.status.model_copy(update={"erased_at": now, "conditions": conditions})
+    return vector.model_copy(update={"status": status})
+
+
+_Values = tuple[ConditionStatus, str, str]  # of a condition: status, reason, message
+
+
+def _conditions(
+    conditions: tuple[Condition, ...], values: Mapping[str, _Values], of: Resource, now: datetime
+) -> tuple[Condition, ...]:
+    for kind, (status, reason, message) in values.items():
+        conditions = with_condition(conditions, kind, status, reason, message, of.metadata.generation, now)
+    return conditions
+
+
+def _policy_status(
+    policy: MergePolicy, sentence: str, latest: str | None, values: Mapping[str, _Values], now: datetime
+) -> PolicyStatus:
+    return PolicyStatus(
+        observed_generation=policy.metadata.generation,
+        latest_version=latest,
+        waiting_for=sentence,
+        conditions=_conditions(policy.status.conditions, values, policy, now),
+    )
 
 
 def _clock(time: datetime) -> str:

@@ -6,7 +6,7 @@ The same objects in the embedded mode (rows of SQLite) and in Kubernetes (custom
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -77,24 +77,42 @@ class Resource(Part):
         return cls.model_validate(fields, by_alias=True, by_name=False)
 
 
+ConditionStatus = Literal["True", "False", "Unknown"]
+
+
 class Condition(Part):
     """A standard Kubernetes condition (https://kubernetes.io/docs/reference/using-api/, "Conditions")."""
 
     type: str = Field(description="What the condition is about, such as Ready.")
-    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    status: ConditionStatus = Field(description="Whether it holds.")
     reason: str = Field(description="Why, as one word for programs.")
     message: str = Field(default="", description="Why, as a sentence for people, with what to do next.")
     observed_generation: int | None = Field(default=None, description="The metadata.generation that this was said of.")
     last_transition_time: datetime = Field(description="When the status last changed.")
 
 
-def with_condition(conditions: Iterable[Condition], changed: Condition) -> tuple[Condition, ...]:
+def with_condition(
+    conditions: Iterable[Condition],
+    kind: str,
+    status: ConditionStatus,
+    reason: str,
+    message: str,
+    generation: int | None,
+    now: datetime,
+) -> tuple[Condition, ...]:
     """Conditions with one replaced or added; it keeps the time at which its status last changed."""
     known = {condition.type: condition for condition in conditions}
-    before = known.get(changed.type)
-    if before is not None and before.status == changed.status:
-        changed = changed.model_copy(update={"last_transition_time": before.last_transition_time})
-    return tuple({**known, changed.type: changed}.values())
+    before = known.get(kind)
+    since = before.last_transition_time if before and before.status == status else now
+    changed = Condition(
+        type=kind,
+        status=status,
+        reason=reason,
+        message=message,
+        observed_generation=generation,
+        last_transition_time=since,
+    )
+    return tuple({**known, kind: changed}.values())
 
 
 class Artifact(Part):
@@ -398,22 +416,23 @@ class ModelVersion(Resource):
     def with_phase(self, phase: Phase, *, now: datetime, message: str = "", **changes: Any) -> ModelVersion:
         """This version in another phase, with the conditions of that phase."""
         changes = {"phase": phase, "message": message, "attempts": 0, "retry_at": None, **changes}
+        return self._with(_CONDITIONS[phase], phase.value, message, now, changes)
+
+    def with_message(self, reason: str, message: str, *, now: datetime, **changes: Any) -> ModelVersion:
+        """This version in the phase it is in, with a reason why it goes no further."""
+        return self._with({"Ready": "False"}, reason, message, now, {"message": message, **changes})
+
+    def _with(
+        self, values: Mapping[str, ConditionStatus], reason: str, message: str, now: datetime, changes: dict[str, Any]
+    ) -> ModelVersion:
         conditions = self.status.conditions
-        for kind, value in _CONDITIONS[phase].items():
-            condition = Condition(
-                type=kind,
-                status=value,
-                reason=phase.value,
-                message=message,
-                observed_generation=self.metadata.generation,
-                last_transition_time=now,
-            )
-            conditions = with_condition(conditions, condition)
+        for kind, value in values.items():
+            conditions = with_condition(conditions, kind, value, reason, message, self.metadata.generation, now)
         status = self.status.model_copy(update={**changes, "conditions": conditions})
         return self.model_copy(update={"status": status})
 
 
-_CONDITIONS: dict[Phase, dict[str, Literal["True", "False", "Unknown"]]] = {
+_CONDITIONS: dict[Phase, dict[str, ConditionStatus]] = {
     Phase.PENDING: {"Merged": "False", "Calibrated": "False", "Exported": "False", "Ready": "False"},
     Phase.CALIBRATING: {"Merged": "True", "Ready": "False"},
     Phase.RELEASING: {"Merged": "True", "Calibrated": "True", "Ready": "False"},

@@ -5,6 +5,8 @@
     blobs/<hospital>/<hex>        committed vectors
     versions/<version>/           merged.safetensors, visits/<hospital>.npz, report-<stage>.json of each finished stage
     releases/<version>/           what clients get
+    outbox/<vector>.json          in a cluster: objects that the API does not have yet
+    orphans/<mark>                files that no object names, since the mark was made
 
 Every file is written atomically, so receiver and jobs share nothing but this folder, and both survive a kill. Only base
 models and releases can be read by other users of the machine.
@@ -16,13 +18,15 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aggregator.resources import DataVector
 from datavector.errors import BaseModelError, NotFound
 from datavector.files import BLOCK, atomic_write, claim_folder, fsync, remove_leftovers, write_json
 from datavector.merge.batchnorm import Moments
@@ -124,6 +128,11 @@ class Store:
     def blob(self, hospital: str, sha256: str) -> Path:
         return self._path("blobs", hospital, sha256.removeprefix("sha256:"))
 
+    def blob_size(self, vector: DataVector) -> int | None:
+        """Bytes of a vector's file, or None where there is none."""
+        path = self.blob(vector.spec.hospital, vector.spec.artifact.digest)
+        return path.stat().st_size if path.is_file() else None
+
     # --- versions and their calibration
 
     def version(self, name: str) -> Path:
@@ -215,6 +224,40 @@ class Store:
         path.unlink(missing_ok=True)
         if path.parent.is_dir():
             fsync(path.parent)
+
+    # --- files without an object
+
+    def blobs(self) -> set[tuple[str, str]]:
+        """Hospital and SHA-256 of every committed vector, but those whose object is about to be made."""
+        coming = {(path.parent.name, path.name) for path in (self.root / "uploads").glob("*/*")}
+        for path in (self.root / "outbox").glob("*.json"):
+            spec = json.loads(path.read_text())["spec"]
+            coming.add((spec["hospital"], spec["artifact"]["digest"].removeprefix("sha256:")))
+        return {(path.parent.name, path.name) for path in (self.root / "blobs").glob("*/*")} - coming
+
+    def versions(self) -> set[str]:
+        """Names of the versions with files."""
+        folders = [*(self.root / "versions").glob("*"), *(self.root / "releases").glob("*")]
+        return {folder.name for folder in folders if _PLAIN.fullmatch(folder.name)}
+
+    def mark_orphans(self, names: Collection[str], before: datetime) -> list[str]:
+        """Marks what has no object, and takes the marks of the rest away.
+
+        Returns:
+            What was marked `before` then, sorted.
+        """
+        folder = self.root / "orphans"
+        folder.mkdir(0o700, exist_ok=True)
+        for mark in folder.iterdir():
+            if mark.name not in names:
+                mark.unlink()
+        for name in names:
+            if not (folder / name).exists():
+                (folder / name).touch()
+        return sorted(name for name in names if (folder / name).stat().st_mtime < before.timestamp())
+
+    def unmark_orphan(self, name: str) -> None:
+        (self.root / "orphans" / name).unlink(missing_ok=True)
 
     def _erased(self, version: str) -> Path:
         return self.release(version).with_name(f".{version}.erased")

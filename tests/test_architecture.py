@@ -8,9 +8,9 @@ import sys
 import pytest
 
 LIGHT = [
-    "aggregator.receiver", "aggregator.embedded", "aggregator.reconcile", "aggregator.registry", "aggregator.store",
-    "aggregator.job", "aggregator.main", "aggregator.cluster_receiver", "datavector.vector", "datavector.model",
-    "datavector.merge", "datavector.cli",
+    "aggregator.receiver", "aggregator.cluster_receiver", "aggregator.embedded",
+    "aggregator.reconciler", "aggregator.reconcile", "aggregator.registry", "aggregator.store",
+    "aggregator.job", "aggregator.main", "datavector.vector", "datavector.model", "datavector.merge", "datavector.cli",
 ]  # fmt: skip
 
 

@@ -12,7 +12,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
-from aggregator.embedded import Reconciler
+from aggregator.embedded import ChildJobs
+from aggregator.reconciler import Reconciler
 from aggregator.registry import SqliteRegistry
 from aggregator.resources import ModelVersion, Phase
 from aggregator.store import Store
@@ -24,7 +25,9 @@ class Running:
     def __init__(self, store: Store, registry: SqliteRegistry) -> None:
         self.waiting: dict[str, str] = {}
         self.registry = registry
-        self.reconciler = Reconciler(store, registry, self._on_settled)
+        self.jobs = ChildJobs(store.root)
+        self.reconciler = Reconciler(store, registry, self.jobs, self._on_settled)
+        self.jobs.wake = self.reconciler.wake
         self._settled = asyncio.Event()
 
     def _on_settled(self, waiting: dict[str, str]) -> None:
@@ -52,6 +55,7 @@ async def reconciling(store: Store, registry: SqliteRegistry) -> AsyncIterator[R
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
+        await running.jobs.close()
 
 
 def wait_for_merge(store: Store, *, besides: frozenset[Path] = frozenset()) -> None:
@@ -66,7 +70,10 @@ def merging(store: Store) -> frozenset[Path]:
 
 async def _serve(root: str) -> None:
     store = Store(Path(root))
-    await Reconciler(store, SqliteRegistry(store.root / "registry.sqlite"), lambda _: None).run()
+    jobs = ChildJobs(store.root)
+    reconciler = Reconciler(store, SqliteRegistry(store.root / "registry.sqlite"), jobs)
+    jobs.wake = reconciler.wake
+    await reconciler.run()
 
 
 if __name__ == "__main__":

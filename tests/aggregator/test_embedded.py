@@ -56,9 +56,9 @@ def complained() -> Iterator[asyncio.Event]:
     event = asyncio.Event()
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda _: event.set()
-    logging.getLogger("aggregator.embedded").addHandler(handler)
+    logging.getLogger("aggregator.reconciler").addHandler(handler)
     yield event
-    logging.getLogger("aggregator.embedded").removeHandler(handler)
+    logging.getLogger("aggregator.reconciler").removeHandler(handler)
 
 
 async def test_arrivals_are_merged_and_their_hospitals_asked(store, registry, arrive, small_base):
@@ -103,7 +103,7 @@ async def test_a_withdrawal_while_a_merge_runs_ends_it_and_leaves_nothing(store,
     async with reconciling(store, registry) as running:
         await asyncio.to_thread(wait_for_merge, store)
         registry.withdraw("north", None)
-        await running.until(lambda: running.waiting == {"brain": "1 of 2 hospitals; waiting for 1 more"})
+        await running.until(lambda: running.waiting == {"brain": "1 of 2 hospitals; waiting for one more"})
         await running.until(lambda: all(v.status.erased_at for v in registry.vectors() if not v.granted))
         (version,) = registry.versions()
         assert version.status.phase is Phase.REVOKED

@@ -33,7 +33,7 @@ def test_the_status_says_what_is_there_and_changes_nothing(store, small_base, ca
     print_status(store.root)
     printed = capsys.readouterr().out
     assert "north" in printed
-    assert "brain: 1 of 2 hospitals; waiting for 1 more" in printed
+    assert "brain: 1 of 2 hospitals; waiting for one more" in printed
     assert {path: path.stat().st_mtime_ns for path in store.root.rglob("*")} == before
 
 

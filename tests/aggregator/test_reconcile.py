@@ -14,6 +14,7 @@ from aggregator.reconcile import (
     CreateVersion,
     EraseBlob,
     EraseVersion,
+    Failure,
     RunJob,
     Save,
     StopJob,
@@ -62,7 +63,7 @@ def swept(*worlds: World, now: datetime, on_disk: frozenset[str] = frozenset()) 
 def test_a_policy_waits_for_enough_hospitals():
     world = World(policy(min_hospitals=2), BASE, (NORTH,))
     assert plan(world, at(1e6)) == []
-    assert explain(world, at(1e6)) == "1 of 2 hospitals; waiting for 1 more"
+    assert explain(world, at(1e6)) == "1 of 2 hospitals; waiting for one more"
 
 
 def test_two_vectors_of_one_hospital_are_one_hospital():
@@ -300,12 +301,12 @@ def test_a_failed_job_is_tried_again_when_its_time_has_come_and_at_last_given_up
     pending = version(policy(), NORTH, SOUTH)
     world = World(policy(), BASE, (NORTH, SOUTH), (pending,))
     for attempt in range(1, ATTEMPTS):
-        failed = job_failed(world.versions[0], "not finite", passing=False, now=at(0))
+        failed = job_failed(world.versions[0], Failure("not finite", passing=False, at=at(0)))
         world = replace(world, versions=(failed,))
         assert plan(world, at(2**attempt - 1)) == [WakeAt(at(2**attempt))]
         assert plan(world, at(2**attempt)) == [RunJob(pending.name, "merge")]
         assert explain(world, at(0)) == f"{pending.name} is Pending; the last try failed: not finite"
-    failed = job_failed(world.versions[0], "not finite", passing=False, now=at(0))
+    failed = job_failed(world.versions[0], Failure("not finite", passing=False, at=at(0)))
     assert (failed.status.phase, failed.status.message) == (Phase.FAILED, "not finite")
     given_up = replace(world, versions=(failed,))
     assert plan(given_up, at(1e6)) == [], "the same inputs are not tried again"
@@ -315,7 +316,7 @@ def test_a_failed_job_is_tried_again_when_its_time_has_come_and_at_last_given_up
 def test_a_failure_that_may_pass_is_tried_again_without_end():
     releasing = version(policy(), NORTH, SOUTH, phase=Phase.RELEASING)
     for _ in range(10 * ATTEMPTS):
-        releasing = job_failed(releasing, "disk full", passing=True, now=at(0))
+        releasing = job_failed(releasing, Failure("disk full", passing=True, at=at(0)))
     world = World(policy(), BASE, (NORTH, SOUTH), (releasing,))
     assert plan(world, at(29)) == [WakeAt(at(30))]
     assert plan(world, at(30)) == [RunJob(releasing.name, "release")]
@@ -471,7 +472,7 @@ def test_below_the_minimum_nothing_is_ready():
     world = taken_back(World(rules, BASE, (NORTH, SOUTH), (ready,)), "south", at(1000))
     assert plan(world, at(1000)) == []
     assert [each.status.phase for each in world.versions] == [Phase.REVOKED]
-    assert explain(world, at(1000)) == "1 of 2 hospitals; waiting for 1 more"
+    assert explain(world, at(1000)) == "1 of 2 hospitals; waiting for one more"
 
 
 def test_a_ready_version_without_the_withdrawn_vector_stays_and_is_all_that_is_needed():

@@ -16,6 +16,7 @@ from aggregator.reconcile import (
     CreateVersion,
     EraseBlob,
     EraseVersion,
+    Failure,
     RunJob,
     Save,
     Stage,
@@ -107,7 +108,7 @@ class Aggregator:
         del self.running[name]
         version = self.versions[name]
         if failure:
-            self.versions[name] = job_failed(version, failure, passing=passing, now=self.now)
+            self.versions[name] = job_failed(version, Failure(failure, passing=passing, at=self.now))
         else:
             assert version.vectors <= self.blobs, "a job lost its input"
             digest = {"merge": "weights_sha256", "release": "release_sha256"}[stage]

@@ -79,11 +79,11 @@ def test_three_hospitals_that_never_meet_make_a_model_and_one_takes_its_part_bac
     site.run("west", "withdraw").succeed()
     refused = site.run("north", "release", "fetch", "--output", tmp_path / "none")
     assert refused.wait() == 1
-    assert "policy 'trial' has no Ready version (1 of 2 hospitals; waiting for 1 more)" in refused.output
+    assert "policy 'trial' has no Ready version (1 of 2 hospitals; waiting for one more)" in refused.output
     status = site.start("status", "--store", aggregator.store.root, log="status").succeed()
     assert status.count("Revoked") == 2
     assert "Withdrawn" in status
-    assert "trial: 1 of 2 hospitals; waiting for 1 more" in status
+    assert "trial: 1 of 2 hospitals; waiting for one more" in status
 
     # nothing leaves after a withdrawal, and after taking part again what was withdrawn is not taken
     refused = site.agent("west", aggregator.address, "--once")
