@@ -74,9 +74,9 @@ class Cache:
             if version <= self._listed[kind] or version < self._newest[kind].get(name, 0):
                 return
             self._newest[kind][name] = version
-            if gone:
+            if resource is None:
                 self._objects[kind].pop(name, None)
-            elif resource is not None:
+            else:
                 self._objects[kind][name] = resource
 
     def forget(self, kind: type[Resource], name: str) -> None:

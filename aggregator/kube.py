@@ -228,7 +228,7 @@ def _status(content: bytes) -> Object:
         status = json.loads(content)
     except ValueError:
         status = None
-    return status if isinstance(status, dict) else {"message": content.decode(errors="replace")[:500]}
+    return status if isinstance(status, dict) else {"message": content.decode(errors="replace").strip()[:500]}
 
 
 def _error(code: int, status: Object, verb: str, kind: Kind, name: str) -> Exception:

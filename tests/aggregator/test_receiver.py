@@ -43,11 +43,12 @@ from tests.serving import announce, make_settings, make_store, policy_of, serve,
 
 
 def version(policy, base, *, phase, name="small-0123456789", ready_at=None):
+    north = {"dataVector": "north-1", "hospital": "north", "digest": f"sha256:{'0' * 64}", "sampleCount": 1}
     return ModelVersion.parse(
         {
             "metadata": {"name": name},
             "spec": {
-                "policyRef": policy, "baseModelRef": base.digest, "inputs": [], "inputsHash": "0" * 64,
+                "policyRef": policy, "baseModelRef": base.digest, "inputs": [north], "inputsHash": "0" * 64,
                 "method": {}, "calibration": {}, "export": {},
             },
             "status": {"phase": phase, "readyAt": ready_at},
