@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from agent.client import Client
+from agent.ledger import Ledger
 from agent.upload import Delivery, upload
 from aggregator.cluster import decode
 from aggregator.reconcile import Base, World, desired_version
@@ -125,8 +126,9 @@ def test_uploads_and_withdrawals_are_answered_in_an_outage_and_carried_out_after
     assert set(reply.vectors) == {merged.vector, taken.vector}
     assert list(reply.revoked_versions) == [version.name]
     assert not serves(south)
-    with pytest.raises(AlreadyWithdrawn):
-        send(north, site, seed=3, sequence=2)
+    forgetful = connect(receiver.address, ledger=Ledger(site.folder / "another.jsonl"))
+    with pytest.raises(AlreadyWithdrawn, match=f"{taken.vector} was withdrawn"):
+        send(forgetful, site, seed=3, sequence=2)
     assert {name for name, content in site.outbox().items() if content["spec"]["consent"] == "Withdrawn"} == {
         f"{merged.vector}.json",
         f"{taken.vector}.json",
