@@ -55,6 +55,7 @@ class Cache:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._objects: dict[type[Resource], dict[str, Resource]] = {kind: {} for kind in KINDS}
+        self._ignored: dict[type[Resource], set[str]] = {kind: set() for kind in KINDS}
         self._listed = dict.fromkeys(KINDS, 0)  # resource version of the last list
         self._newest: dict[type[Resource], dict[str, int]] = {kind: {} for kind in KINDS}  # since then; gone ones, too
 
@@ -66,18 +67,31 @@ class Cache:
         with self._lock:
             return self._objects[kind].get(name)  # type: ignore[return-value]
 
-    def observe(self, kind: type[Resource], content: Object, *, gone: bool = False) -> None:
-        """Takes note of an object's newest state, from a watch or from the answer to a request."""
-        name, version = content["metadata"]["name"], int(content["metadata"]["resourceVersion"])
-        resource = None if gone else _decoded(kind, content)
+    def size(self, kind: type[Resource]) -> int:
+        """How many objects there are, those that this program does not understand included."""
         with self._lock:
-            if version <= self._listed[kind] or version < self._newest[kind].get(name, 0):
-                return
+            return len(self._objects[kind].keys() | self._ignored[kind])
+
+    def observe(self, kind: type[Resource], content: Object, *, gone: bool = False) -> bool:
+        """Takes note of an object's newest state, from a watch or from the answer to a request.
+
+        Returns:
+            Whether that is news.
+        """
+        name, version = content["metadata"]["name"], int(content["metadata"]["resourceVersion"])
+        with self._lock:
+            if version <= max(self._listed[kind], self._newest[kind].get(name, 0)):
+                return False
+            resource = None if gone else _decoded(kind, content)
             self._newest[kind][name] = version
-            if resource is None:
+            self._ignored[kind].discard(name)
+            if resource is not None:
+                self._objects[kind][name] = resource
+            elif gone:
                 self._objects[kind].pop(name, None)
             else:
-                self._objects[kind][name] = resource
+                self._ignored[kind].add(name)
+        return True
 
     def forget(self, kind: type[Resource], name: str) -> None:
         with self._lock:
@@ -90,10 +104,13 @@ class Cache:
             The resource version from which a watch goes on.
         """
         found: dict[str, Resource] = {}
+        ignored: set[str] = set()
 
         def take(content: Object) -> None:
             if (resource := _decoded(kind, content)) is not None:
                 found[resource.name] = resource
+            else:
+                ignored.add(content["metadata"]["name"])
 
         resource_version = api.list(Kind.of(kind), take)
         listed = int(resource_version)
@@ -101,6 +118,7 @@ class Cache:
             newest = {name: version for name, version in self._newest[kind].items() if version > listed}
             since = {name: resource for name, resource in self._objects[kind].items() if name in newest}
             self._objects[kind] = {name: found[name] for name in found if name not in newest} | since
+            self._ignored[kind] = (ignored - newest.keys()) | (self._ignored[kind] & newest.keys())
             self._listed[kind], self._newest[kind] = listed, newest
         return resource_version
 

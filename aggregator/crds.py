@@ -357,6 +357,29 @@ def _plain(value: Any) -> Any:
 # --- Files ----------------------------------------------------------------------------------------------------
 
 
+def missing_fields(document: Json) -> list[str]:
+    """Paths of fields that a cluster's OpenAPI document (of this group and version) does not have."""
+    known = document.get("components", {}).get("schemas", {})
+    prefix = ".".join(reversed(GROUP.split("."))) + f".{API_VERSION}."
+    missing = []
+    for kind in KINDS:
+        served = known.get(prefix + kind.kind_name, {})
+        missing += [f"{kind.kind_name}.{path}" for path in _lacking(schema(kind), served)]
+    return missing
+
+
+def _lacking(wanted: Json, served: Json) -> list[str]:
+    paths = []
+    for name, field in wanted.get("properties", {}).items():
+        found = served.get("properties", {}).get(name)
+        if found is None:
+            paths.append(name)
+        else:
+            inner = _lacking(field.get("items", field), found.get("items", found))
+            paths += [f"{name}.{path}" for path in inner]
+    return paths
+
+
 def files() -> dict[str, str]:
     """The text of each definition's file, by file name."""
     apart = json.loads(json.dumps(definitions()))  # what occurs twice is written twice, not as a YAML alias

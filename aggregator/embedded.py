@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from aggregator.reconcile import EXIT_PASSING, Failure, Stage
-from aggregator.reconciler import PAUSE
 from aggregator.resources import ModelVersion, utc_now
 
 log = logging.getLogger(__name__)
@@ -43,6 +42,9 @@ class ChildJobs:
     def troubles(self) -> Mapping[str, tuple[str, str]]:
         return {}
 
+    def next_look(self) -> None:
+        return None
+
     def start(self, version: ModelVersion, stage: Stage) -> None:
         name = version.name
         self._failures.pop(name, None)
@@ -63,11 +65,11 @@ class ChildJobs:
         try:
             async with self._free_to_run:
                 failure = await run_job(self._store, name, stage)
-            if failure:
-                self._failures[name] = failure
-        except Exception:  # nothing else keeps the job from starting again at once
-            log.exception("%s: %s could not be run; trying again in %d seconds", name, stage, PAUSE.seconds)
-            await asyncio.sleep(PAUSE.seconds)
+        except OSError as error:
+            log.error("%s: %s could not be run: %s", name, stage, error)
+            failure = Failure(f"the {stage} process could not be started ({error})", passing=True, at=utc_now())
+        if failure:
+            self._failures[name] = failure
 
     def _ended(self, name: str) -> None:
         del self._tasks[name]

@@ -11,6 +11,7 @@ reason that may pass by itself, such as a full disk.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import threading
@@ -26,32 +27,41 @@ from datavector.merge import merge_vectors
 from datavector.merge.batchnorm import Moments, pool_layers, uploaded, write_restored
 from datavector.model import BaseModel
 
+LONGEST_MESSAGE = 4000  # characters; Kubernetes takes 4096 bytes of a termination message
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m aggregator.job", description=__doc__)
     parser.add_argument("store", type=Path)
     parser.add_argument("version")
     parser.add_argument("stage", choices=("merge", "release"))
+    parser.add_argument("--termination-log", type=Path, help="file for the report or the reason of a failure")
     parser.add_argument("--end-with-parent", action="store_true", help="end when standard input is closed")
     arguments = parser.parse_args()
     if arguments.end_with_parent:
         threading.Thread(target=_end_with_parent, daemon=True).start()
+    code, said = 0, "done"
     try:
-        run_stage(Store(arguments.store), arguments.version, arguments.stage)
+        said = json.dumps(run_stage(Store(arguments.store), arguments.version, arguments.stage))
     except (DiskFull, OSError, MemoryError) as error:
-        print(str(error) or type(error).__name__, file=sys.stderr)
-        sys.exit(EXIT_PASSING)
+        code, said = EXIT_PASSING, str(error) or type(error).__name__
     except DataVectorError as error:
-        print(error, file=sys.stderr)
-        sys.exit(error.exit_code)
+        code, said = error.exit_code, str(error)
+    if code:
+        print(said, file=sys.stderr)
+    if arguments.termination_log:
+        arguments.termination_log.write_text(said[:LONGEST_MESSAGE])
+    sys.exit(code)
 
 
-def run_stage(store: Store, name: str, stage: str) -> None:
-    """Runs a stage and leaves its report in the store.
+def run_stage(store: Store, name: str, stage: str) -> dict[str, Any]:
+    """Runs a stage and leaves its report, which it returns, in the store. A stage that has finished is not run again.
 
     Raises:
         DataVectorError: an input is missing or altered, the disk is full, or the release does not verify.
     """
+    if (finished := store.report(name, stage)) is not None:
+        return finished
     store.remove_leftovers(name)
     version = ModelVersion.parse(store.read_version(name))
     base = store.base(version.spec.base_model_ref)
@@ -59,6 +69,7 @@ def run_stage(store: Store, name: str, stage: str) -> None:
     with disk_full_at(store.root):
         report = work(store, version, base)
     store.write_report(name, stage, report)
+    return report
 
 
 def merge(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from datetime import datetime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from aggregator.reconcile import World, eligible
-from aggregator.resources import Consent, DataVector, ModelVersion, Phase
+from aggregator.resources import Consent, DataVector, MergePolicy, ModelVersion, Phase
 
 
 class Metrics:
@@ -94,3 +94,45 @@ class ReconcileMetrics:
             times = [vector.arrived_at for vector in eligible(world) if vector.name not in merged]
             age = max((now - min(times)).total_seconds(), 0) if times else 0
             self._queue_age.labels(world.policy.name).set(age)
+
+
+class OperatorMetrics(ReconcileMetrics):
+    """Metrics of the operator, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        super().__init__(self.registry)
+        self.jobs = self._counter("jobs", "Jobs that have ended, by how.", "stage", "result", "reason")
+        self.requests = self._counter("api_requests", "Requests to the Kubernetes API, but kopf's watches.")
+        self._objects = self._gauge("objects", "Objects by kind and state.", "kind", "state")
+        self.outdated = self._gauge("definitions_outdated", "1 while the cluster's definitions of objects are too old.")
+        self._counted_requests = 0
+
+    def count(
+        self, vectors: Iterable[DataVector], versions: Iterable[ModelVersion], policies: Iterable[MergePolicy]
+    ) -> None:
+        """Sets the gauges of objects to what there is now."""
+        states = Tally(("DataVector", _state(vector)) for vector in vectors)
+        states.update(("ModelVersion", version.status.phase.value) for version in versions)
+        states.update(("MergePolicy", "Suspended" if policy.spec.suspend else "Active") for policy in policies)
+        self._objects.clear()
+        for (kind, state), number in states.items():
+            self._objects.labels(kind, state).set(number)
+
+    def requests_so_far(self, number: int) -> None:
+        self.requests.inc(number - self._counted_requests)
+        self._counted_requests = number
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"datavector_operator_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"datavector_operator_{name}", text, labels, registry=self.registry)
+
+
+def _state(vector: DataVector) -> str:
+    if vector.status.erased_at:
+        return "Erased"
+    if not vector.granted:
+        return "Withdrawn"
+    return "Stored" if vector.status.stored_at else "Missing"

@@ -80,6 +80,9 @@ class Jobs(Protocol):
     def troubles(self) -> Mapping[str, tuple[str, str]]:
         """Why running jobs come to nothing, by version: a reason and a sentence."""
 
+    def next_look(self) -> datetime | None:
+        """When there may be trouble though nothing happens."""
+
 
 def log_event(resource: Resource, reason: str, message: str) -> None:
     """Tells of something that a person wants to see."""
@@ -313,6 +316,7 @@ class Reconciler:
         now = utc_now()
         times = [action.time for actions in tracks.values() for action in actions if isinstance(action, WakeAt)]
         times += [now + PAUSE for _ in faults]
+        times += [time for time in [self.jobs.next_look()] if time]
         if self._poll and any(version.status.phase is Phase.CALIBRATING for version in self.registry.versions()):
             times.append(now + self._poll)
         return min(times, default=None)

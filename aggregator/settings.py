@@ -68,6 +68,33 @@ class ReceiverSettings(Section):
     limits: Limits = Limits()
 
 
+OPERATOR_PREFIX = "DATAVECTOR_OPERATOR_"
+
+
+class OperatorSettings(Section):
+    """Everything the operator needs to know; environment variables DATAVECTOR_OPERATOR_* set it.
+
+    Attributes:
+        store: folder of base models, vectors, versions and releases, shared with the receiver and the Jobs.
+        store_claim: the PersistentVolumeClaim that Jobs mount as that folder.
+        job_image: image of Jobs whose policy names none.
+        job_service_account: of Jobs' Pods, which get no token of it.
+        namespace: that it looks after; its own where absent.
+        metrics_port: of Prometheus metrics; 0 serves none.
+        poll_seconds: how often hospitals' visits are looked for in the store.
+        grace_seconds: after which files that no object names are erased.
+    """
+
+    store: Path
+    store_claim: str
+    job_image: str
+    job_service_account: str = "default"
+    namespace: str | None = None
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    poll_seconds: float = Field(default=5, gt=0)
+    grace_seconds: float = Field(default=86400, ge=0)
+
+
 class AggregatorSettings(ReceiverSettings):
     """Everything the embedded aggregator needs to know.
 

@@ -56,9 +56,9 @@ def complained() -> Iterator[asyncio.Event]:
     event = asyncio.Event()
     handler = logging.Handler(logging.ERROR)
     handler.emit = lambda _: event.set()
-    logging.getLogger("aggregator.reconciler").addHandler(handler)
+    logging.getLogger("aggregator").addHandler(handler)
     yield event
-    logging.getLogger("aggregator.reconciler").removeHandler(handler)
+    logging.getLogger("aggregator").removeHandler(handler)
 
 
 async def test_arrivals_are_merged_and_their_hospitals_asked(store, registry, arrive, small_base):

@@ -79,7 +79,7 @@ def test_vectors_of_another_base_do_not_count():
 def test_nothing_is_made_while_the_store_lacks_the_base():
     world = World(policy(base="lite0"), None, (NORTH, SOUTH))
     assert plan(world, at(1e6)) == []
-    assert explain(world, at(0)) == "base model 'lite0' is not in the store; import it with --base"
+    assert explain(world, at(0)) == "base model 'lite0' is not in the store; import it: datavector base import"
 
 
 def test_a_policy_waits_until_the_last_arrival_is_quiet_for_long_enough():

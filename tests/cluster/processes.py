@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SECONDS_TO_END = 10
@@ -13,11 +13,16 @@ LINES_OF_LOG = 20
 class Process:
     """A program in its own session, whose output goes to a file."""
 
-    def __init__(self, command: Sequence[str], log: Path) -> None:
+    def __init__(self, command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=environment,
             )
 
     @property
@@ -36,6 +41,10 @@ class Process:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def wait(self) -> int:
+        """Waits until it has ended; its exit code."""
+        return self._process.wait(SECONDS_TO_END)
 
     def tail(self) -> str:
         """The last lines of its log."""

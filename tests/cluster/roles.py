@@ -1,8 +1,11 @@
-"""What each process may do in its namespace, and accounts that may do just that."""
+"""Accounts that may do just what a Role says."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from tests.cluster.client import Cluster
 
@@ -14,10 +17,8 @@ def rule(resources: str, verbs: str, *, group: str = "datavector.dev") -> dict[s
     return {"apiGroups": [group], "resources": resources.split(), "verbs": verbs.split()}
 
 
-RECEIVER: Rules = [
-    rule("basemodels mergepolicies modelversions", "get list watch"),
-    rule("datavectors", "get list watch create patch"),
-]
+ROLES = Path(__file__).parents[2] / "charts" / "aggregator" / "roles"
+RECEIVER: Rules = yaml.safe_load((ROLES / "receiver.yaml").read_text())["rules"]
 
 
 def make_account(cluster: Cluster, namespace: str, name: str, rules: Rules) -> None:

@@ -1,0 +1,76 @@
+"""The operator: `kopf run -m aggregator.operator --standalone --namespace NAMESPACE`.
+
+kopf's handlers take note of what changed and wake the reconciliation; `aggregator.operating` does the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import kopf
+
+from aggregator.kube import JOBS, PODS
+from aggregator.manifests import OWN
+from aggregator.operating import Operator
+from aggregator.resources import API_VERSION, GROUP, BaseModelResource, DataVector, MergePolicy, ModelVersion
+from aggregator.settings import OPERATOR_PREFIX, OperatorSettings
+from datavector.config import load_settings
+from datavector.errors import DataVectorError
+
+
+@kopf.on.startup()
+async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # it has a line for each piece of news
+    settings.scanning.disabled = True  # a Role knows neither namespaces nor definitions
+    settings.posting.enabled = False  # events are ours, about steps, not about handlers
+    settings.watching.connect_timeout = 5
+    settings.networking.error_backoffs = [0.5, 1, 2, 5]
+    try:
+        memo.operator = Operator(load_settings(OperatorSettings, None, {}, prefix=OPERATOR_PREFIX))
+        await memo.operator.start()
+    except DataVectorError as error:
+        raise kopf.PermanentError(str(error)) from None
+    memo.reconciling = asyncio.create_task(memo.operator.run(), name="reconcile")
+
+
+@kopf.on.cleanup()
+async def stop(memo: kopf.Memo, **_: Any) -> None:
+    memo.reconciling.cancel()
+    await asyncio.gather(memo.reconciling, return_exceptions=True)
+
+
+@kopf.on.event(GROUP, API_VERSION, BaseModelResource.plural)
+async def base_model(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    memo.operator.observe(BaseModelResource, event["object"], gone=event["type"] == "DELETED")
+
+
+@kopf.on.event(GROUP, API_VERSION, DataVector.plural)
+async def vector(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    memo.operator.observe(DataVector, event["object"], gone=event["type"] == "DELETED")
+
+
+@kopf.on.event(GROUP, API_VERSION, MergePolicy.plural)
+async def policy(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    memo.operator.observe(MergePolicy, event["object"], gone=event["type"] == "DELETED")
+
+
+@kopf.on.event(GROUP, API_VERSION, ModelVersion.plural)
+async def version(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    memo.operator.observe(ModelVersion, event["object"], gone=event["type"] == "DELETED")
+
+
+@kopf.on.event("batch", "v1", "jobs", labels=OWN)
+async def job(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    memo.operator.observe_job(JOBS, event["object"], gone=event["type"] == "DELETED")
+
+
+@kopf.on.event("", "v1", "pods", labels=OWN)
+async def pod(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
+    memo.operator.observe_job(PODS, event["object"], gone=event["type"] == "DELETED")
+
+
+@kopf.on.probe(id="secondsSinceReconciled")
+def reconciled(memo: kopf.Memo, **_: Any) -> float:
+    return float(memo.operator.seconds_since_settled)
