@@ -28,6 +28,9 @@ class Metrics:
         self.running_calls = Gauge(
             "datavector_receiver_running_calls", "Calls that are running now.", ("method",), registry=self.registry
         )
+        self.outbox = Gauge(
+            "datavector_receiver_outbox", "Vectors that the Kubernetes API does not have yet.", registry=self.registry
+        )
         self.vectors = Gauge("datavector_vectors", "Vectors by consent.", ("consent",), registry=self.registry)
         self.versions = Gauge("datavector_versions", "Model versions by phase.", ("phase",), registry=self.registry)
 
