@@ -11,14 +11,13 @@ from tests.cluster.client import Cluster
 
 Rules = list[dict[str, Any]]
 
+ROLES = Path(__file__).parents[2] / "charts" / "aggregator" / "roles"
+RECEIVER: Rules = yaml.safe_load((ROLES / "receiver.yaml").read_text())["rules"]
+
 
 def rule(resources: str, verbs: str, *, group: str = "datavector.dev") -> dict[str, Any]:
     """A rule of a Role; resources and verbs are separated by spaces."""
     return {"apiGroups": [group], "resources": resources.split(), "verbs": verbs.split()}
-
-
-ROLES = Path(__file__).parents[2] / "charts" / "aggregator" / "roles"
-RECEIVER: Rules = yaml.safe_load((ROLES / "receiver.yaml").read_text())["rules"]
 
 
 def make_account(cluster: Cluster, namespace: str, name: str, rules: Rules) -> None:
