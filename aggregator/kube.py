@@ -53,7 +53,7 @@ class Kind:
 
 JOBS = Kind("apis/batch/v1", "jobs")
 PODS = Kind("api/v1", "pods")
-EVENTS = Kind("apis/events.k8s.io/v1", "events")
+EVENTS = Kind("api/v1", "events")
 
 
 class Api:

@@ -27,7 +27,13 @@ RETRY_SECONDS = 10.0  # between tries to reach the API server, and looks at outd
 CHECK_SECONDS = 60.0  # between comparisons of the cache with the API
 COALESCE_SECONDS = 0.1  # in which changes that come together are planned for at once
 NOTE = 1024  # characters that an Event may have
-CONTROLLER = f"{GROUP}/operator"
+NOTES = {  # of steps that say nothing themselves
+    "Calibrating": "merged; hospitals that come back are asked for BatchNorm statistics",
+    "Releasing": "BatchNorm statistics are restored, and the release is exported",
+    "Ready": "the release can be fetched",
+    "Erased": "its file is erased from the store",
+}
+COMPONENT = "datavector-operator"
 
 
 class Operator:
@@ -164,7 +170,7 @@ class Operator:
     def _tell(self, resource: Resource, reason: str, message: str) -> None:
         log_event(resource, reason, message)
         try:
-            self._api.create(EVENTS, event(resource, reason, message or reason, self._api.namespace))
+            self._api.create(EVENTS, event(resource, reason, message or NOTES.get(reason, reason), self._api.namespace))
         except (ApiUnavailable, ObjectMissing) as error:
             log.debug("%s", error)
         except ClusterError as error:
@@ -173,23 +179,24 @@ class Operator:
 
 def event(resource: Resource, reason: str, message: str, namespace: str) -> Object:
     """An Event about an object, for `kubectl describe`."""
-    bad = reason in ("Failed", "Revoked")
+    now = utc_now().isoformat(timespec="seconds").replace("+00:00", "Z")
     return {
-        "apiVersion": "events.k8s.io/v1",
+        "apiVersion": "v1",
         "kind": "Event",
         "metadata": {"generateName": f"{resource.name[:50].rstrip('.-')}-", "namespace": namespace},
-        "eventTime": utc_now().isoformat().replace("+00:00", "Z"),
-        "type": "Warning" if bad else "Normal",
+        "type": "Warning" if reason in ("Failed", "Revoked") else "Normal",
         "reason": reason,
-        "action": "Reconcile",
-        "note": message[:NOTE],
-        "reportingController": CONTROLLER,
-        "reportingInstance": CONTROLLER,
-        "regarding": {
+        "message": message[:NOTE],
+        "firstTimestamp": now,
+        "lastTimestamp": now,
+        "count": 1,
+        "source": {"component": COMPONENT},
+        "involvedObject": {
             "apiVersion": f"{GROUP}/{API_VERSION}",
             "kind": resource.kind_name,
             "name": resource.name,
             "namespace": namespace,
             "uid": resource.metadata.uid,
+            "resourceVersion": resource.metadata.resource_version,
         },
     }

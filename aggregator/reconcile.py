@@ -365,7 +365,7 @@ def vector_state(
         merged_in: Ready versions that contain it.
     """
     spec, status = vector.spec, vector.status
-    changes: dict[str, Any] = {"merged_in": merged_in}
+    changes: dict[str, Any] = {"merged_in": merged_in or None}
     if not vector.granted and status.withdrawn_at is None:
         changes["withdrawn_at"] = now
     if status.erased_at is None:

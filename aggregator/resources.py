@@ -168,7 +168,7 @@ class VectorStatus(Part):
     )
     withdrawn_at: datetime | None = Field(default=None, description="When its consent was withdrawn.")
     erased_at: datetime | None = Field(default=None, description="When its file was erased from the store.")
-    merged_in: tuple[str, ...] = Field(default=(), description="Ready versions that contain it.")
+    merged_in: tuple[str, ...] | None = Field(default=None, description="Ready versions that contain it.")
     conditions: tuple[Condition, ...] = Field(default=(), description="Stored, Validated and Erased.")
 
 
