@@ -15,6 +15,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from aggregator.resources import (
+    JOB_FAILED,
     BaseModelResource,
     Calibration,
     CalibrationMethod,
@@ -220,7 +221,7 @@ def job_failed(version: ModelVersion, failure: Failure) -> ModelVersion:
         return version.with_phase(Phase.FAILED, now=failure.at, message=failure.message)
     retry_at = failure.at + (PAUSE if failure.passing else timedelta(seconds=2.0**attempts))
     changes = {"attempts": attempts, "retry_at": retry_at}
-    return version.with_message("JobFailed", failure.message, now=failure.at, **changes)
+    return version.with_message(JOB_FAILED, failure.message, now=failure.at, **changes)
 
 
 def revocations(vectors: Iterable[DataVector], versions: Iterable[ModelVersion], now: datetime) -> list[ModelVersion]:

@@ -279,6 +279,8 @@ class Reconciler:
                 news.append(job_failed(version, failure))
             elif message and version.status.phase.unfinished and version.status.message != message:
                 news.append(version.with_message(reason, message, now=now))
+            elif not message and version.name in self.jobs.running() and version.troubled:
+                news.append(version.with_message(version.status.phase.value, "", now=now))
         return [Save(version) for version in news]
 
     def _is_due(self, action: Action) -> bool:
