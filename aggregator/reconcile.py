@@ -113,6 +113,36 @@ class World:
     running: frozenset[str] = frozenset()
     refused: str = ""
 
+    @cached_property
+    def wanted(self) -> ModelVersion:
+        """The version of the vectors that are eligible; there must be some."""
+        return desired_version(self, eligible(self))
+
+    @cached_property
+    def merged(self) -> frozenset[str]:
+        """Names of the vectors that a version of the policy has."""
+        return frozenset(name for version in self.versions for name in version.vectors)
+
+    @cached_property
+    def waiting_since(self) -> dict[tuple[str, str], datetime]:
+        """By hospital and base model when the first vector came that none of the hospital's merged ones has replaced.
+
+        So a hospital that keeps sending does not put off the others for longer than maxWaitSeconds.
+        """
+        since: dict[tuple[str, str], datetime] = {}
+        for vector in Vectors.of(self.vectors).granted_by_age:
+            if vector.name in self.merged:
+                since.pop(_sender(vector), None)
+            else:
+                since[_sender(vector)] = min(since.get(_sender(vector), vector.arrived_at), vector.arrived_at)
+        return since
+
+    @cached_property
+    def queued_since(self) -> datetime | None:
+        """When the oldest eligible vector came that no version of the policy has."""
+        arrivals = [vector.arrived_at for vector in eligible(self) if vector.name not in self.merged]
+        return min(arrivals, default=None)
+
 
 # --- Actions --------------------------------------------------------------------------------------------------
 
@@ -340,12 +370,11 @@ def due(world: World, vectors: tuple[DataVector, ...], now: datetime) -> datetim
     policy brings nothing new to wait for, and a withdrawal that left no version does not wait for arrivals either.
     """
     trigger = world.policy.spec.trigger
-    merged = {name for version in world.versions for name in version.vectors}
-    arrivals = [vector for vector in vectors if vector.name not in merged]
+    arrivals = [vector for vector in vectors if vector.name not in world.merged]
     bereft = all(version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED) for version in world.versions)
     if not arrivals or (bereft and len(vectors) - len(arrivals) >= trigger.min_hospitals):
         return None
-    waiting = _waiting_since(Vectors.of(world.vectors).granted_by_age, merged)
+    waiting = world.waiting_since
     since = {vector.name: _credible(waiting.get(_sender(vector), vector.arrived_at), now) for vector in vectors}
     first = min(since[vector.name] for vector in arrivals)
     enough = sorted(since.values())[trigger.min_hospitals - 1]
@@ -448,7 +477,7 @@ def explain(world: World, now: datetime) -> str:
         missing = spec.trigger.min_hospitals - len(vectors)
         more = "one" if missing == 1 else missing
         return f"{len(vectors)} of {spec.trigger.min_hospitals} hospitals; waiting for {more} more"
-    wanted = desired_version(world, vectors)
+    wanted = world.wanted
     version = {version.name: version for version in world.versions}.get(wanted.name)
     if version is None or version.status.phase is Phase.SUPERSEDED:
         time = due(world, vectors, now)
@@ -474,7 +503,7 @@ def _next_version(world: World, now: datetime) -> list[Action]:
     vectors = eligible(world)
     if world.refused or world.policy.spec.suspend or len(vectors) < world.policy.spec.trigger.min_hospitals:
         return []
-    wanted = desired_version(world, vectors)
+    wanted = world.wanted
     known = {version.name: version for version in world.versions}.get(wanted.name)
     if known is not None and known.status.phase is not Phase.SUPERSEDED:
         return [*_give_way(known, world, now), *_newest_ready(known, world, now)]
@@ -592,20 +621,6 @@ def _seniority(vector: DataVector) -> tuple[int, datetime, str]:
 
 def _content(vector: DataVector) -> tuple[str, str]:
     return vector.spec.artifact.digest, vector.name
-
-
-def _waiting_since(by_age: Iterable[DataVector], merged: Collection[str]) -> dict[tuple[str, str], datetime]:
-    """When the first of each hospital's vectors came that none of its merged ones has replaced.
-
-    So a hospital that keeps sending does not put off the others for longer than maxWaitSeconds.
-    """
-    since: dict[tuple[str, str], datetime] = {}
-    for vector in by_age:
-        if vector.name in merged:
-            since.pop(_sender(vector), None)
-        else:
-            since[_sender(vector)] = min(since.get(_sender(vector), vector.arrived_at), vector.arrived_at)
-    return since
 
 
 def _withdrawn(vector: DataVector, now: datetime) -> DataVector:

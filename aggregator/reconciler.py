@@ -55,6 +55,7 @@ log = logging.getLogger(__name__)
 STAGES: tuple[Stage, ...] = ("merge", "release")
 SETTLE_ROUNDS = 100
 PAUSE = timedelta(seconds=10)  # after a full disk or the like
+_NONE = Vectors()
 ORPHANS = "versions without a policy"
 OBJECTS = "what the objects say"
 GRACE = timedelta(days=1)  # for files without an object
@@ -125,6 +126,7 @@ class Reconciler:
         self._facts: dict[str, Base] = {}
         self._vectors = Vectors()
         self._by_base: dict[str, Vectors] = {}
+        self._worlds: dict[str, World] = {}
         self._silent: dict[str, DataVector] = {}
         self._silent_while: object = None
         self._collect_at = datetime.min.replace(tzinfo=utc_now().tzinfo)
@@ -209,7 +211,10 @@ class Reconciler:
         }
 
     def _observe_all(self, faults: dict[str, Exception]) -> list[World]:
-        """The worlds of all policies; what keeps one from being observed becomes a fault of it."""
+        """The worlds of all policies; what keeps one from being observed becomes a fault of it.
+
+        A world in which nothing has changed is the one of before, with all that it knows.
+        """
         self._list_vectors()
         by_policy, worlds, running = defaultdict(list), [], self.jobs.running()
         for version in self.registry.versions():
@@ -217,10 +222,13 @@ class Reconciler:
         for policy in self.registry.policies():
             try:
                 base = self._base(policy.spec.base_model_ref)
-                vectors = self._by_base.get(base.digest, ()) if base else ()
-                worlds.append(self._observe(policy, vectors, by_policy[policy.name], running))
+                vectors = self._by_base.get(base.digest, _NONE) if base else _NONE
+                world = self._observe(policy, vectors, by_policy[policy.name], running)
+                known = self._worlds.get(policy.name)
+                worlds.append(known if known and known.vectors is vectors and known == world else world)
             except Exception as error:
                 faults[policy.name] = error
+        self._worlds = {world.policy.name: world for world in worlds}
         return worlds
 
     def _observe(
