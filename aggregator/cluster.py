@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from aggregator.resources import (
     DataVector,
     MergePolicy,
     ModelVersion,
+    Part,
     Resource,
     utc_now,
 )
@@ -29,6 +31,7 @@ AnyResource = TypeVar("AnyResource", bound=Resource)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before the API server is asked again
 
+_FIELDS: dict[frozenset[str], set[str]] = {}
 _METADATA = ("name", "creationTimestamp", "uid", "resourceVersion", "generation")
 
 
@@ -39,7 +42,7 @@ def decode(kind: type[AnyResource], content: Object) -> AnyResource:
         pydantic.ValidationError: it is not what this program understands.
     """
     metadata = {key: content["metadata"][key] for key in _METADATA if key in content["metadata"]}
-    return kind.parse(
+    resource = kind.parse(
         {
             "apiVersion": content["apiVersion"],
             "metadata": metadata,
@@ -47,6 +50,24 @@ def decode(kind: type[AnyResource], content: Object) -> AnyResource:
             "status": content.get("status", {}),
         }
     )
+    _share(resource)
+    return resource
+
+
+def _share(part: Part) -> None:
+    """Keeps once what many objects have: names of the fields that were set (half of an object's memory), and texts."""
+    fields = part.__pydantic_fields_set__
+    object.__setattr__(part, "__pydantic_fields_set__", _FIELDS.setdefault(frozenset(fields), fields))
+    values = part.__dict__
+    for name, value in values.items():
+        if type(value) is str:
+            values[name] = sys.intern(value)
+        elif isinstance(value, Part):
+            _share(value)
+        elif type(value) is tuple:
+            for each in value:
+                if isinstance(each, Part):
+                    _share(each)
 
 
 class Cache:

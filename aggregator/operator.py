@@ -19,6 +19,21 @@ from aggregator.settings import OPERATOR_PREFIX, OperatorSettings
 from datavector.config import load_settings
 from datavector.errors import DataVectorError
 
+PAGE = 100  # objects of one answer to a LIST
+
+
+class NoDiffs(kopf.DiffBaseStorage):
+    """Spares kopf a copy of each object, which it would compare with the next for handlers that we do not have."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
+
+    def fetch(self, **_: Any) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        pass
+
 
 @kopf.on.startup()
 async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
@@ -26,6 +41,9 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
     settings.scanning.disabled = True  # a Role knows neither namespaces nor definitions
     settings.posting.enabled = False  # events are ours, about steps, not about handlers
     settings.watching.connect_timeout = 5
+    settings.watching.chunk_size = PAGE  # a list's objects are in memory page by page,
+    settings.queueing.idle_timeout = 0.01  # and each of them no longer than its handler runs
+    settings.persistence.diffbase_storage = NoDiffs()
     settings.networking.error_backoffs = [0.5, 1, 2, 5]
     try:
         memo.operator = Operator(load_settings(OperatorSettings, None, {}, prefix=OPERATOR_PREFIX))
