@@ -258,11 +258,14 @@ def eligible(world: World) -> tuple[DataVector, ...]:
     """The newest vector of each hospital for the policy's base, where consent stands and the file is here; sorted by
     digest.
 
-    A hospital whose newest vector is withdrawn is out: an older one does not take its place.
+    A hospital whose newest vector is withdrawn is out: an older one does not take its place. One without a file that
+    fits does not count.
     """
     if world.base is None:
         return ()
-    newest = _newest(vector for vector in world.vectors if vector.spec.base_model_ref == world.base.digest)
+    newest = _newest(
+        vector for vector in world.vectors if vector.spec.base_model_ref == world.base.digest and _counts(vector)
+    )
     usable = (vector for vector in newest if vector.granted and vector.status.stored_at)
     return tuple(sorted(usable, key=lambda vector: (vector.spec.artifact.digest, vector.name)))
 
@@ -376,6 +379,8 @@ def vector_state(
         if base is None:
             message = f"the store has no base model {spec.base_model_ref}: import it, or delete this"
             valid = ("False", "UnknownBaseModel", message)
+        elif size is None:
+            valid = ("False", "FileMissing", "")
         elif not size == spec.artifact.size == base.vector_size:
             message = f"the file has {size} bytes, the object says {spec.artifact.size}, the base {base.vector_size}"
             valid = ("False", "WrongSize", message)
@@ -542,7 +547,13 @@ def _over_limit(world: World, now: datetime) -> list[Action]:
 
 def _replaced(vectors: Sequence[DataVector]) -> set[str]:
     """Names of the vectors that a newer one of the same hospital and base has replaced."""
-    return {vector.name for vector in vectors} - {vector.name for vector in _newest(vectors)}
+    counting = [vector for vector in vectors if _counts(vector)]
+    return {vector.name for vector in counting} - {vector.name for vector in _newest(counting)}
+
+
+def _counts(vector: DataVector) -> bool:
+    """Whether a vector speaks for its hospital: its file is here and fits, or it is withdrawn."""
+    return not vector.granted or vector.status.stored_at is not None
 
 
 def _newest(vectors: Iterable[DataVector]) -> list[DataVector]:
