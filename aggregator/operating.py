@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -23,8 +24,12 @@ from datavector.monitoring import serve_metrics
 
 log = logging.getLogger(__name__)
 
+Event = Mapping[str, Any]  # of a watch: type (None for what was listed) and object
+
 RETRY_SECONDS = 10.0  # between tries to reach the API server, and looks at outdated definitions
 CHECK_SECONDS = 60.0  # between comparisons of the cache with the API
+FIRST_LIST_SECONDS = 20.0  # after the start, in which kopf lists everything for the first time
+RELIST_SECONDS = 1.0  # from the first object of a list that kopf has read again to a list of our own
 COALESCE_SECONDS = 0.1  # in which changes that come together are planned for at once
 NOTE = 1024  # characters that an Event may have
 NOTES = {  # of steps that say nothing themselves
@@ -63,7 +68,8 @@ class Operator:
             grace=timedelta(seconds=settings.grace_seconds),
         )
         self._said: dict[str, str] = {}
-        self._settled_at = utc_now()
+        self._settled_at = self._loaded_at = utc_now()
+        self._relisted = asyncio.Event()
         if settings.metrics_port:
             serve_metrics(self.metrics.registry, settings.metrics_port)
 
@@ -80,6 +86,7 @@ class Operator:
         while True:
             try:
                 await asyncio.to_thread(self._load)
+                self._loaded_at = utc_now()
                 return
             except ApiUnavailable as error:
                 log.warning("%s", error)
@@ -89,20 +96,26 @@ class Operator:
         """Reconciles until cancelled."""
         self._loop = asyncio.get_running_loop()
         await self._until_definitions_fit()
-        checking = asyncio.create_task(self._keep_checking(), name="compare the cache with the API")
+        beside = [
+            asyncio.create_task(self._keep_checking(), name="compare the cache with the API"),
+            asyncio.create_task(self._keep_listing(), name="list again after an outage"),
+        ]
         try:
             await self._reconciler.run(in_thread=True, coalesce=COALESCE_SECONDS)
         finally:
-            checking.cancel()
+            for task in beside:
+                task.cancel()
 
-    def observe(self, kind: type[Resource], content: Any, *, gone: bool) -> None:
+    def observe(self, kind: type[Resource], event: Event) -> None:
         """Takes note of an object's newest state."""
-        if self._cache.observe(kind, content, gone=gone):
+        self._notice_list(event)
+        if self._cache.observe(kind, event["object"], gone=event["type"] == "DELETED"):
             self._reconciler.wake()
 
-    def observe_job(self, kind: Kind, content: Any, *, gone: bool) -> None:
+    def observe_job(self, kind: Kind, event: Event) -> None:
         """Takes note of a Job's or a Pod's newest state."""
-        if self._jobs.observe(kind, content, gone=gone):
+        self._notice_list(event)
+        if self._jobs.observe(kind, event["object"], gone=event["type"] == "DELETED"):
             self._reconciler.wake()
 
     # --- Parts
@@ -111,6 +124,24 @@ class Operator:
         for kind in KINDS:
             self._cache.load(self._api, kind)
         self._jobs.load()
+
+    def _notice_list(self, event: Event) -> None:
+        """kopf lists a kind again after an outage, and is silent about what was deleted meanwhile: so does this."""
+        if event["type"] is None and utc_now() > self._loaded_at + timedelta(seconds=FIRST_LIST_SECONDS):
+            self._relisted.set()
+
+    async def _keep_listing(self) -> None:
+        while True:
+            await self._relisted.wait()
+            await asyncio.sleep(RELIST_SECONDS)
+            self._relisted.clear()
+            try:
+                await asyncio.to_thread(self._load)
+                self._reconciler.wake()
+            except ClusterError as error:
+                log.warning("%s", error)
+                self._relisted.set()
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _until_definitions_fit(self) -> None:
         """Says what is wrong, and changes nothing, while the cluster's definitions lack what would be written."""

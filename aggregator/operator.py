@@ -35,6 +35,24 @@ class NoDiffs(kopf.DiffBaseStorage):
         pass
 
 
+OUTAGE_TRIES = 120  # of kopf to reach the API server, 5 seconds apart
+SELDOM_SECONDS = 10.0
+
+
+class Seldom(logging.Filter):
+    """Lets through one line in a while: in an outage each of kopf's watches has one for each try."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._next = 0.0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.ERROR or record.created < self._next:
+            return record.levelno < logging.ERROR
+        self._next = record.created + SELDOM_SECONDS
+        return True
+
+
 @kopf.on.startup()
 async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # it has a line for each piece of news
@@ -44,7 +62,8 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
     settings.watching.chunk_size = PAGE  # a list's objects are in memory page by page,
     settings.queueing.idle_timeout = 0.01  # and each of them no longer than its handler runs
     settings.persistence.diffbase_storage = NoDiffs()
-    settings.networking.error_backoffs = [0.5, 1, 2, 5]
+    settings.networking.error_backoffs = [0.5, 1, 2, *[5] * OUTAGE_TRIES]  # then kopf ends, and the Pod begins anew
+    logging.getLogger("kopf._cogs.clients.watching").addFilter(Seldom())
     try:
         memo.operator = Operator(load_settings(OperatorSettings, None, {}, prefix=OPERATOR_PREFIX))
         await memo.operator.start()
@@ -61,32 +80,32 @@ async def stop(memo: kopf.Memo, **_: Any) -> None:
 
 @kopf.on.event(GROUP, API_VERSION, BaseModelResource.plural)
 async def base_model(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
-    memo.operator.observe(BaseModelResource, event["object"], gone=event["type"] == "DELETED")
+    memo.operator.observe(BaseModelResource, event)
 
 
 @kopf.on.event(GROUP, API_VERSION, DataVector.plural)
 async def vector(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
-    memo.operator.observe(DataVector, event["object"], gone=event["type"] == "DELETED")
+    memo.operator.observe(DataVector, event)
 
 
 @kopf.on.event(GROUP, API_VERSION, MergePolicy.plural)
 async def policy(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
-    memo.operator.observe(MergePolicy, event["object"], gone=event["type"] == "DELETED")
+    memo.operator.observe(MergePolicy, event)
 
 
 @kopf.on.event(GROUP, API_VERSION, ModelVersion.plural)
 async def version(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
-    memo.operator.observe(ModelVersion, event["object"], gone=event["type"] == "DELETED")
+    memo.operator.observe(ModelVersion, event)
 
 
 @kopf.on.event("batch", "v1", "jobs", labels=OWN)
 async def job(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
-    memo.operator.observe_job(JOBS, event["object"], gone=event["type"] == "DELETED")
+    memo.operator.observe_job(JOBS, event)
 
 
 @kopf.on.event("", "v1", "pods", labels=OWN)
 async def pod(event: kopf.RawEvent, memo: kopf.Memo, **_: Any) -> None:
-    memo.operator.observe_job(PODS, event["object"], gone=event["type"] == "DELETED")
+    memo.operator.observe_job(PODS, event)
 
 
 @kopf.on.probe(id="secondsSinceReconciled")

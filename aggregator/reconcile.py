@@ -70,8 +70,13 @@ class Vectors(tuple[DataVector, ...]):
 
     @cached_property
     def newest(self) -> frozenset[str]:
-        """Names of the newest vector of each hospital and base model."""
-        return frozenset(vector.name for vector in _newest(self))
+        """Names of the newest vector of each hospital and base model, of those that count."""
+        return frozenset(vector.name for vector in _newest(vector for vector in self if _counts(vector)))
+
+    @cached_property
+    def replaced(self) -> frozenset[str]:
+        """Names of those that a newer one of the same hospital and base model has replaced."""
+        return frozenset(vector.name for vector in self if _counts(vector)) - self.newest
 
     @cached_property
     def usable(self) -> dict[str, tuple[DataVector, ...]]:
@@ -238,7 +243,7 @@ def sweep(
                 actions.append(EraseVersion(version.name))
     vectors = Vectors.of(vectors)
     for vector in vectors:
-        unwanted = not vector.granted or vector.name not in vectors.newest
+        unwanted = not vector.granted or vector.name in vectors.replaced
         if unwanted and vector.name not in needed and vector.status.erased_at is None:
             actions.append(EraseBlob(_erased(vector, now)))
     return actions
@@ -323,7 +328,8 @@ def eligible(world: World) -> tuple[DataVector, ...]:
     """The newest vector of each hospital for the policy's base, where consent stands and the file is here; sorted by
     digest.
 
-    A hospital whose newest vector is withdrawn is out: an older one does not take its place.
+    A hospital whose newest vector is withdrawn is out: an older one does not take its place. One without a file that
+    fits does not count.
     """
     if world.base is None:
         return ()
@@ -436,6 +442,8 @@ def vector_state(
         if base is None:
             message = f"the store has no base model {spec.base_model_ref}: import it, or delete this"
             valid = ("False", "UnknownBaseModel", message)
+        elif size is None:
+            valid = ("False", "FileMissing", "")
         elif not size == spec.artifact.size == base.vector_size:
             message = f"the file has {size} bytes, the object says {spec.artifact.size}, the base {base.vector_size}"
             valid = ("False", "WrongSize", message)
@@ -598,6 +606,11 @@ def _over_limit(world: World, now: datetime) -> list[Action]:
         Save(version.with_phase(Phase.SUPERSEDED, now=now, message="older than historyLimit"))
         for version in newest_first[world.policy.spec.history_limit :]
     ]
+
+
+def _counts(vector: DataVector) -> bool:
+    """Whether a vector speaks for its hospital: its file is here and fits, or it is withdrawn."""
+    return not vector.granted or vector.status.stored_at is not None
 
 
 def _newest(vectors: Iterable[DataVector]) -> list[DataVector]:

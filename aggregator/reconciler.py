@@ -11,12 +11,12 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from operator import is_
 from typing import Protocol
 
 from aggregator.garbage import collect_garbage
-from aggregator.metrics import ReconcileMetrics
+from aggregator.metrics import Outcome, ReconcileMetrics
 from aggregator.reconcile import (
     Action,
     Base,
@@ -40,13 +40,14 @@ from aggregator.reconcile import (
     plan,
     policy_fault,
     policy_status,
+    revocations,
     sweep,
     vector_state,
 )
 from aggregator.registry import Registry
 from aggregator.resources import DataVector, MergePolicy, ModelVersion, Phase, Resource, utc_now
 from aggregator.store import Store, find_bases
-from datavector.errors import ApiConflict, ConfigError, DataVectorError
+from datavector.errors import ApiConflict, ConfigError, DataVectorError, StoreMissing
 from datavector.merge import choose
 from datavector.model import BaseModel
 
@@ -60,6 +61,8 @@ ORPHANS = "versions without a policy"
 OBJECTS = "what the objects say"
 GRACE = timedelta(days=1)  # for files without an object
 COLLECT_EVERY = timedelta(minutes=10)
+
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 class Jobs(Protocol):
@@ -129,7 +132,8 @@ class Reconciler:
         self._worlds: dict[str, World] = {}
         self._silent: dict[str, DataVector] = {}
         self._silent_while: object = None
-        self._collect_at = datetime.min.replace(tzinfo=utc_now().tzinfo)
+        self._collect_at = _LONG_AGO
+        self._logged: dict[str, datetime] = {}
 
     def wake(self) -> None:
         """Something changed: look again soon."""
@@ -147,11 +151,12 @@ class Reconciler:
             try:
                 next_time = await asyncio.to_thread(self.reconcile) if in_thread else self.reconcile()
             except Exception as error:  # withdrawals must still arrive, so nothing here ends the receiver
-                _log_fault(error)
+                self._log_fault(error)
                 next_time = utc_now() + PAUSE
             timeout = None if next_time is None else max((next_time - utc_now()).total_seconds(), 0.0)
             try:
-                await asyncio.wait_for(self._changed.wait(), timeout)
+                async with asyncio.timeout(timeout):  # wait_for of Python 3.11 may lose a cancellation
+                    await self._changed.wait()
             except TimeoutError:
                 continue
             await asyncio.sleep(coalesce)
@@ -164,6 +169,10 @@ class Reconciler:
         """
         with self._metrics.round() as outcome:
             faults: dict[str, Exception] = {}
+            try:
+                self.store.check()
+            except StoreMissing as error:
+                return self._without_store(error, outcome)
             self._look_for_bases()
             for _ in range(SETTLE_ROUNDS):
                 worlds = self._observe_all(faults)
@@ -259,6 +268,15 @@ class Reconciler:
             refused=_refusal(policy),
         )
 
+    def _without_store(self, error: StoreMissing, outcome: Outcome) -> datetime:
+        """Revokes what was withdrawn, for which objects suffice, and says on every policy why nothing else is done."""
+        for version in revocations(self.registry.vectors(), self.registry.versions(), utc_now()):
+            self._carry_out(Save(version))
+        faults: dict[str, Exception] = {OBJECTS: error}
+        self._settle([], faults)
+        outcome.faults = len(faults)
+        return utc_now() + PAUSE
+
     def _tracks(self, worlds: list[World], faults: Mapping[str, Exception]) -> dict[str, list[Action]]:
         """What is to be done now, in parts that do not depend on each other, each under a name.
 
@@ -342,22 +360,31 @@ class Reconciler:
                 except DataVectorError as error:
                     faults[policy.name] = error
         for each in faults.values():
-            _log_fault(each)
+            self._log_fault(each)
         self.on_settled(sentences)
         if now >= self._collect_at and not faults:
             vectors, versions = self.registry.vectors(), self.registry.versions()
             for name in collect_garbage(self.store, vectors, versions, self._grace, now):
                 log.info("%s: erased, as no object names it", name)
-            self._collect_at = now + COLLECT_EVERY
+            self._collect_at = now + min(COLLECT_EVERY, max(self._grace, timedelta(seconds=1)))
 
     def _next_time(self, tracks: Mapping[str, list[Action]], faults: Mapping[str, Exception]) -> datetime | None:
         now = utc_now()
         times = [action.time for actions in tracks.values() for action in actions if isinstance(action, WakeAt)]
         times += [now + PAUSE for _ in faults]
+        times += [self._collect_at] if self._collect_at > now else []
         times += [time for time in [self.jobs.next_look()] if time]
+        if self._lacks_files():
+            times.append(now + (self._poll or PAUSE))
         if self._poll and any(version.status.phase is Phase.CALIBRATING for version in self.registry.versions()):
             times.append(now + self._poll)
         return min(times, default=None)
+
+    def _lacks_files(self) -> bool:
+        """Whether an object waits for a file of the store, which nobody tells of."""
+        policies, vectors = self.registry.policies(), self.registry.vectors()
+        without_base = any(self._base(policy.spec.base_model_ref) is None for policy in policies)
+        return without_base or any(vector.granted and vector.status.stored_at is None for vector in vectors)
 
     def _base(self, reference: str) -> Base | None:
         match find_bases(self._bases, self.registry.base_reference(reference)):
@@ -390,6 +417,13 @@ class Reconciler:
     def _version(self, name: str) -> ModelVersion:
         return next(version for version in self.registry.versions() if version.name == name)
 
+    def _log_fault(self, error: Exception) -> None:
+        """Logs a fault, and the same one again only when it was tried again in its time."""
+        now, foreseen = utc_now(), isinstance(error, (DataVectorError, OSError))
+        if now - self._logged.get(str(error), _LONG_AGO) >= 0.9 * PAUSE:
+            self._logged = {text: at for text, at in self._logged.items() if now - at < PAUSE} | {str(error): now}
+            log.error("%s; trying again in %d seconds", error, PAUSE.seconds, exc_info=None if foreseen else error)
+
 
 def _base_of(base: BaseModel) -> Base:
     return Base(base.digest, has_batchnorm=bool(base.batchnorm_layers), vector_size=base.vector_layout.size)
@@ -413,9 +447,15 @@ def _news_of_jobs(
             news.append(job_failed(version, failure))
         elif message and version.status.phase.unfinished and version.status.message != message:
             news.append(version.with_message(reason, message, now=now))
-        elif not message and version.name in world.running and version.troubled:
+        elif not message and version.name in world.running and _is_over(version):
             news.append(version.with_message(version.status.phase.value, "", now=now))
     return [Save(version) for version in news]
+
+
+def _is_over(version: ModelVersion) -> bool:
+    """Whether a trouble that a version tells of has passed, now that its job runs; a failure stays until the next."""
+    status = version.status
+    return status.phase.unfinished and bool(status.message) and status.retry_at is None
 
 
 def _refusal(policy: MergePolicy) -> str:
@@ -434,8 +474,3 @@ def _subject(action: Action) -> str:
         case StopJob(version) | EraseVersion(version):
             return f"the files of {version}"
     raise TypeError(f"{action} erases nothing")
-
-
-def _log_fault(error: Exception) -> None:
-    foreseen = isinstance(error, (DataVectorError, OSError))
-    log.error("%s; trying again in %d seconds", error, PAUSE.seconds, exc_info=None if foreseen else error)

@@ -413,12 +413,6 @@ class ModelVersion(Resource):
     def vectors(self) -> frozenset[str]:
         return frozenset(entry.data_vector for entry in self.spec.inputs)
 
-    @property
-    def troubled(self) -> bool:
-        """Whether it says that its running job comes to nothing."""
-        reasons = [each.reason for each in self.status.conditions if each.type == "Ready"]
-        return self.status.phase.unfinished and reasons not in ([], [self.status.phase.value], [JOB_FAILED])
-
     def with_phase(self, phase: Phase, *, now: datetime, message: str = "", **changes: Any) -> ModelVersion:
         """This version in another phase, with the conditions of that phase."""
         changes = {"phase": phase, "message": message, "attempts": 0, "retry_at": None, **changes}

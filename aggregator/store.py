@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from aggregator.resources import DataVector
-from datavector.errors import BaseModelError, NotFound
+from datavector.errors import BaseModelError, NotFound, StoreMissing
 from datavector.files import BLOCK, atomic_write, claim_folder, fsync, remove_leftovers, write_json
 from datavector.merge.batchnorm import Moments
 from datavector.model import DESCRIPTION, DIGEST, FILES, BaseModel
@@ -65,6 +65,14 @@ class Store:
             claim_folder(root, "aggregator")
             for folder, mode in FOLDERS.items():
                 (root / folder).mkdir(mode, exist_ok=True)
+
+    def check(self) -> None:
+        """
+        Raises:
+            StoreMissing: the folder is gone, or another is in its place.
+        """
+        if not (self.root / ".datavector-aggregator").is_file():
+            raise StoreMissing(self.root)
 
     # --- base models
 
@@ -198,7 +206,11 @@ class Store:
 
         The reports go first: a version that is taken up again after a half-done erasure starts from nothing. Nobody
         ever sees half a release, and the version's folder goes last: as long as it is there, erasing is not done.
+
+        Raises:
+            StoreMissing: there is no telling what is there.
         """
+        self.check()
         for report in self.version(version).glob("report-*.json"):
             report.unlink()
         release, erased = self.release(version), self._erased(version)
@@ -220,6 +232,12 @@ class Store:
         shutil.rmtree(self._erased(version), ignore_errors=True)
 
     def erase_blob(self, hospital: str, sha256: str) -> None:
+        """Removes a vector's file.
+
+        Raises:
+            StoreMissing: there is no telling whether it is there.
+        """
+        self.check()
         path = self.blob(hospital, sha256)
         path.unlink(missing_ok=True)
         if path.parent.is_dir():

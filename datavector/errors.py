@@ -14,6 +14,7 @@ DataVectorError                     exit code 1
 ├── TryAgain                        the aggregator gave the call up for a reason that passes
 ├── InternalError                   the aggregator failed for a reason of its own
 ├── DiskFull                        nothing half-stored stays
+├── StoreMissing                    the aggregator's store is not where it was
 ├── TrainingFailed                  one of several training processes ended
 ├── SiteFailed                      one of the demo's processes ended
 ├── MergeError
@@ -194,6 +195,18 @@ class DiskFull(DataVectorError):
     def __init__(self, path: Path, *, needed: int | None = None) -> None:
         what = f" for {needed / 2**20:.0f} MiB" if needed else ""
         super().__init__(f"no space left{what} on the disk of {path}", remedy="free space there, then run it again")
+
+
+class StoreMissing(DataVectorError):
+    """The folder of the aggregator's store is not there, or is another: nothing is concluded from what it lacks."""
+
+    status = "UNAVAILABLE"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"the store {path} is not there, or has lost its mark",
+            remedy="mount the store's volume again; all goes on by itself then",
+        )
 
 
 class TrainingFailed(DataVectorError):

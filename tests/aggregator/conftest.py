@@ -1,9 +1,11 @@
-"""A store with hospitals' vectors in it."""
+"""A store with hospitals' vectors in it, and an operator in a namespace of its own that works on it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from aggregator.resources import Artifact, DataVector, Metadata, VectorSpec, Vec
 from aggregator.store import Store
 from datavector.model import BaseModel
 from datavector.vector import write_vector
+from tests.cluster.aggregation import Namespace, RunningOperator, record
+from tests.cluster.client import Cluster
 
 Deliver = Callable[..., DataVector]
 
@@ -49,3 +53,41 @@ def deliver(tmp_path: Path) -> Deliver:
 
 def _nudged(values: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return values * (1 + np.float32(0.01) * random.random(values.shape, dtype=np.float32))
+
+
+@pytest.fixture
+def space(cluster: Cluster, crds: Any, namespace: str) -> Namespace:
+    return Namespace(cluster, namespace)
+
+
+@pytest.fixture
+def store(tmp_path: Path, small_base: BaseModel) -> Store:
+    made = Store(tmp_path / "store")
+    made.import_base(small_base.path)
+    return made
+
+
+@pytest.fixture
+def start_operator(space: Namespace, store: Store, tmp_path: Path) -> Iterator[Callable[..., RunningOperator]]:
+    kubeconfig = space.grant("operator")
+    with ExitStack() as stack:
+
+        def start(**settings: Any) -> RunningOperator:
+            operator = RunningOperator(kubeconfig, space, store.root, tmp_path / "operator.log", **settings)
+            stack.callback(operator.close)
+            return operator
+
+        yield start
+    log = tmp_path / "operator.log"
+    assert not log.exists() or "Traceback" not in log.read_text()
+
+
+@pytest.fixture
+def arrive(space, store, deliver):
+    """Stores hospitals' vectors and makes their objects: `arrive(base, "north", "south")`."""
+
+    def put(base: BaseModel, *hospitals: str, sequence: int = 1) -> None:
+        for hospital in hospitals:
+            record(space, deliver(store, base, hospital, sequence=sequence))
+
+    return put

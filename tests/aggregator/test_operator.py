@@ -2,75 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
-
-import pytest
-
-from aggregator.store import Store
-from datavector.model import BaseModel
 from datavector.networks import create_base
 from datavector.release import verify_release
 from tests.aggregator.objects import policy
-from tests.cluster.aggregation import (
-    CLAIM,
-    Namespace,
-    RunningOperator,
-    condition,
-    manifest,
-    record,
-)
-from tests.cluster.client import Cluster
-
-
-@pytest.fixture
-def space(cluster: Cluster, crds: Any, namespace: str) -> Namespace:
-    return Namespace(cluster, namespace)
-
-
-@pytest.fixture
-def store(tmp_path: Path, small_base: BaseModel) -> Store:
-    made = Store(tmp_path / "store")
-    made.import_base(small_base.path)
-    return made
-
-
-@pytest.fixture
-def start_operator(space: Namespace, store: Store, tmp_path: Path) -> Iterator[Callable[..., RunningOperator]]:
-    kubeconfig = space.grant("operator")
-    with ExitStack() as stack:
-
-        def start(**settings: Any) -> RunningOperator:
-            operator = RunningOperator(kubeconfig, space, store.root, tmp_path / "operator.log", **settings)
-            stack.callback(operator.close)
-            return operator
-
-        yield start
-
-
-@pytest.fixture
-def arrive(space, store, deliver):
-    """Stores hospitals' vectors and makes their objects: `arrive(base, "north", "south")`."""
-
-    def put(base: BaseModel, *hospitals: str, sequence: int = 1) -> None:
-        for hospital in hospitals:
-            record(space, deliver(store, base, hospital, sequence=sequence))
-
-    return put
-
-
-def phases(space: Namespace) -> dict[str, str]:
-    return {item["metadata"]["name"]: item.get("status", {}).get("phase", "") for item in space.items("modelversions")}
-
-
-def in_phase(space: Namespace, phase: str) -> list[str]:
-    return [name for name, each in phases(space).items() if each == phase]
-
-
-def waiting_for(space: Namespace, name: str = "brain") -> str:
-    return str(space.get(f"mergepolicy/{name}").get("status", {}).get("waitingFor", ""))
+from tests.cluster.aggregation import CLAIM, condition, in_phase, manifest, phases, waiting_for
 
 
 def test_from_arrivals_to_ready_and_after_a_withdrawal_to_what_never_had_the_hospital(

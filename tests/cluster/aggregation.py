@@ -87,6 +87,7 @@ class RunningOperator:
             "DATAVECTOR_OPERATOR_JOB_IMAGE": IMAGE,
             "DATAVECTOR_OPERATOR_NAMESPACE": namespace.name,
             "DATAVECTOR_OPERATOR_POLL_SECONDS": "0.5",
+            "PYTHONUNBUFFERED": "1",
             **{f"DATAVECTOR_OPERATOR_{name.upper()}": str(value) for name, value in settings.items()},
         }
         self._process: Process | None = None
@@ -145,6 +146,18 @@ def condition(item: dict[str, Any], kind: str) -> dict[str, Any]:
     """A condition of an object; an empty one where it has none of that type."""
     found = [each for each in item.get("status", {}).get("conditions", ()) if each["type"] == kind]
     return found[0] if found else {}
+
+
+def phases(space: Namespace) -> dict[str, str]:
+    return {item["metadata"]["name"]: item.get("status", {}).get("phase", "") for item in space.items("modelversions")}
+
+
+def in_phase(space: Namespace, phase: str) -> list[str]:
+    return [name for name, each in phases(space).items() if each == phase]
+
+
+def waiting_for(space: Namespace, name: str = "brain") -> str:
+    return str(space.get(f"mergepolicy/{name}").get("status", {}).get("waitingFor", ""))
 
 
 def as_json(content: Any) -> str:

@@ -33,7 +33,15 @@ class Container:
         log: what it prints.
     """
 
-    def __init__(self, pod: Object, folder: Path, *, volumes: Mapping[str, Path], entrypoint: Sequence[str]) -> None:
+    def __init__(
+        self,
+        pod: Object,
+        folder: Path,
+        *,
+        volumes: Mapping[str, Path],
+        entrypoint: Sequence[str],
+        modules: Mapping[str, str] | None = None,
+    ) -> None:
         """Raises:
         NoSuchVolume: a volume has no local folder.
         OSError: the command cannot be run.
@@ -61,6 +69,7 @@ class Container:
         environment |= {each["name"]: _local(_value(each, pod), paths) for each in spec.get("env", [])}
         if command and re.fullmatch(r"python[\d.]*", command[0]):
             command[0] = sys.executable
+            command = [(modules or {}).get(each, each) for each in command]
         if not command:
             raise OSError("the Pod names no command, and no entrypoint is known for its image")
         self.started_at = now()

@@ -41,6 +41,7 @@ class Kubelet:
         volumes: Mapping[str, Path] | None = None,
         entrypoint: Sequence[str] = (),
         images_missing: Collection[str] = (),
+        modules: Mapping[str, str] | None = None,
         at_most: int | None = None,
     ) -> None:
         """Args:
@@ -49,6 +50,7 @@ class Kubelet:
         volumes: the local folder of each PersistentVolumeClaim.
         entrypoint: what every image runs where a Pod names no command.
         images_missing: images that cannot be pulled.
+        modules: Python modules that run in place of those that a command names.
         at_most: how many processes may run at once; see `restrict`.
         """
         self._api = client.CoreV1Api(config.new_client_from_config(str(kubeconfig)))
@@ -57,7 +59,9 @@ class Kubelet:
         self._volumes = dict(volumes or {})
         self._entrypoint = tuple(entrypoint)
         self.images_missing = set(images_missing)
+        self._modules = dict(modules or {})
         self._at_most = at_most
+        self._holding = False
         self._containers: dict[str, Container] = {}  # by the Pod's uid
         self._lost: set[str] = set()
         self._killed_because: dict[str, str] = {}
@@ -68,6 +72,16 @@ class Kubelet:
     def restrict(self, at_most: int | None) -> None:
         """Lets at most so many processes run at once: further Pods stay Pending."""
         self._at_most = at_most
+
+    def hold(self) -> None:
+        """Lets processes that start from now on stand still, as slow ones would, until `let_go`."""
+        self._holding = True
+
+    def let_go(self) -> None:
+        """Lets what was held go on."""
+        self._holding = False
+        for container in list(self._containers.values()):
+            container.send(signal.SIGCONT)
 
     def kill(self, pod: str, sig: int = signal.SIGKILL, *, reason: str = "Error") -> None:
         """Sends a Pod's process a signal; `reason` is what its status will give, as "OOMKilled" after lack of memory.
@@ -159,13 +173,17 @@ class Kubelet:
         if image in self.images_missing:
             return self._report_waiting(pod, "ImagePullBackOff", f'Back-off pulling image "{image}"')
         try:
-            container = Container(pod, self._folder, volumes=self._volumes, entrypoint=self._entrypoint)
+            container = Container(
+                pod, self._folder, volumes=self._volumes, entrypoint=self._entrypoint, modules=self._modules
+            )
         except NoSuchVolume as error:
             return self._report_waiting(pod, "CreateContainerConfigError", str(error))
         except OSError as error:
             ended = {"exitCode": 128, "reason": "StartError", "message": str(error), "finishedAt": now()}
             return self._report(pod, "Failed", {"terminated": ended}, ready=False)
         self._containers[container.uid] = container
+        if self._holding:
+            container.send(signal.SIGSTOP)
         return self._report(pod, "Running", {"running": {"startedAt": container.started_at}}, ready=True)
 
     def _end(self, pod: Object, container: Container) -> None:
