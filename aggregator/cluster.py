@@ -55,6 +55,7 @@ class Cache:
         self._lock = threading.Lock()
         self._objects: dict[type[Resource], dict[str, Resource]] = {kind: {} for kind in KINDS}
         self._ignored: dict[type[Resource], set[str]] = {kind: set() for kind in KINDS}
+        self._gone: dict[type[Resource], dict[str, int]] = {kind: {} for kind in KINDS}  # since the last list
 
     def all(self, kind: type[AnyResource]) -> list[AnyResource]:
         with self._lock:
@@ -78,7 +79,7 @@ class Cache:
         name, version = content["metadata"]["name"], int(content["metadata"]["resourceVersion"])
         with self._lock:
             known = self._objects[kind].get(name)
-            if known is not None and int(known.metadata.resource_version or 0) >= version:
+            if max(_revision(known), self._gone[kind].get(name, 0)) >= version:
                 return False
             resource = None if gone else _decoded(kind, content)
             self._ignored[kind].discard(name)
@@ -86,6 +87,7 @@ class Cache:
                 self._objects[kind][name] = resource
             elif gone:
                 self._objects[kind].pop(name, None)
+                self._gone[kind][name] = version
             else:
                 self._ignored[kind].add(name)
         return True
@@ -94,8 +96,13 @@ class Cache:
         with self._lock:
             self._objects[kind].pop(name, None)
 
+    def complete(self) -> bool:
+        """Whether this program understands every object."""
+        with self._lock:
+            return not any(self._ignored.values())
+
     def load(self, api: Api, kind: type[Resource]) -> str:
-        """Replaces what is known of a kind by what the API server has.
+        """Replaces what is known of a kind by what the API server has; what was observed meanwhile stays.
 
         Returns:
             The resource version from which a watch goes on.
@@ -111,8 +118,18 @@ class Cache:
 
         resource_version = api.list(Kind.of(kind), take)
         with self._lock:
-            self._objects[kind], self._ignored[kind] = found, ignored
+            gone = self._gone[kind]
+            kept = {name: each for name, each in found.items() if gone.get(name, 0) < _revision(each)}
+            for name, known in self._objects[kind].items():
+                if _revision(known) > (_revision(kept[name]) if name in kept else int(resource_version)):
+                    kept[name] = known
+            self._objects[kind], self._ignored[kind] = kept, ignored
+            gone.clear()
         return resource_version
+
+
+def _revision(resource: Resource | None) -> int:
+    return int(resource.metadata.resource_version or 0) if resource else 0
 
 
 def _decoded(kind: type[AnyResource], content: Object) -> AnyResource | None:
@@ -155,6 +172,9 @@ class ClusterRegistry:
     def base_reference(self, reference: str) -> str:
         base = self.cache.get(BaseModelResource, reference)
         return base.spec.artifact_digest if base else reference
+
+    def complete(self) -> bool:
+        return self.cache.complete()
 
     def add_vector(self, vector: DataVector) -> DataVector:
         return self._add(vector)
