@@ -110,6 +110,7 @@ class Cache:
                 self._objects[kind][name] = resource
             elif gone:
                 self._objects[kind].pop(name, None)
+                self._gone[kind][name] = version
             else:
                 self._ignored[kind].add(name)
         return True
@@ -117,6 +118,11 @@ class Cache:
     def forget(self, kind: type[Resource], name: str) -> None:
         with self._lock:
             self._objects[kind].pop(name, None)
+
+    def complete(self) -> bool:
+        """Whether this program understands every object."""
+        with self._lock:
+            return not any(self._ignored.values())
 
     def load(self, api: Api, kind: type[Resource]) -> str:
         """Replaces what is known of a kind by what the API server has, but for what was observed since.
@@ -142,6 +148,10 @@ class Cache:
             self._ignored[kind] = (ignored - newest.keys()) | (self._ignored[kind] & newest.keys())
             self._listed[kind], self._newest[kind] = listed, newest
         return resource_version
+
+
+def _revision(resource: Resource | None) -> int:
+    return int(resource.metadata.resource_version or 0) if resource else 0
 
 
 def _decoded(kind: type[AnyResource], content: Object) -> AnyResource | None:
@@ -184,6 +194,9 @@ class ClusterRegistry:
     def base_reference(self, reference: str) -> str:
         base = self.cache.get(BaseModelResource, reference)
         return base.spec.artifact_digest if base else reference
+
+    def complete(self) -> bool:
+        return self.cache.complete()
 
     def add_vector(self, vector: DataVector) -> DataVector:
         return self._add(vector)

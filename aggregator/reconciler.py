@@ -362,7 +362,7 @@ class Reconciler:
         for each in faults.values():
             self._log_fault(each)
         self.on_settled(sentences)
-        if now >= self._collect_at and not faults:
+        if now >= self._collect_at and not faults and self.registry.complete():
             vectors, versions = self.registry.vectors(), self.registry.versions()
             for name in collect_garbage(self.store, vectors, versions, self._grace, now):
                 log.info("%s: erased, as no object names it", name)

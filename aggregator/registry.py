@@ -31,6 +31,9 @@ class Registry(Protocol):
     def base_reference(self, reference: str) -> str:
         """What a policy's baseModelRef names in the store: a name or a digest."""
 
+    def complete(self) -> bool:
+        """Whether every object is understood: else there may be some that name files which no other does."""
+
     def add_vector(self, vector: DataVector) -> DataVector:
         """Records a vector; the one that is already there under that name wins and is returned."""
 
@@ -100,6 +103,9 @@ class SqliteRegistry:
         with self._transaction():
             self._connection.execute("DELETE FROM objects WHERE kind = ?", (MergePolicy.kind_name,))
             self._put(policies)
+
+    def complete(self) -> bool:
+        return True
 
     def add_vector(self, vector: DataVector) -> DataVector:
         return self._add(vector)

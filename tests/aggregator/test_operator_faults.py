@@ -250,8 +250,11 @@ def test_a_version_or_a_job_that_is_deleted_by_hand_comes_again_and_never_two_at
     first = space.until(next_pod, why=operator.tail)
     (version,) = phases(space)
     space.kubectl("delete", f"job/{version}-merge", "--wait=false")
+    space.kubectl("delete", f"pod/{first}", "--wait=false", "--grace-period=3")  # it stands still until it is killed
     second = space.until(lambda: next_pod(first), why=operator.tail)
     space.kubectl("delete", f"mv/{version}", "--wait=false")
+    space.until(lambda: "deletionTimestamp" in space.get(f"pod/{second}")["metadata"], why=operator.tail)
+    space.kubectl("delete", f"pod/{second}", "--wait=false", "--grace-period=3")
     space.until(lambda: next_pod(first, second), why=operator.tail)
     node.let_go()
     space.until(lambda: in_phase(space, "Ready") == [version], why=operator.tail)

@@ -76,12 +76,18 @@ def test_an_operator_that_is_killed_at_any_moment_comes_to_the_same_end_with_one
     moments = random.Random(2030)
     killer = Killer(operator, changes, lambda: moments.randint(1, LONGEST))
 
-    def until(condition: Callable[[], Any]) -> Any:
+    def until(condition: Callable[..., Any], *args: str) -> Any:
         def told() -> Any:
             killer.restart()
-            return condition()
+            return condition(*args)
 
         return space.until(told, why=operator.tail)
+
+    def is_ready(version: str) -> bool:
+        return phases(space).get(version) == "Ready"
+
+    def is_revoked(version: str) -> bool:
+        return phases(space)[version] == "Revoked" and waiting_for(space) == f"{lasting} is Ready"
 
     space.apply(manifest(ASKS))
     here = [deliver(store, small_base, "north"), deliver(store, small_base, "south")]
@@ -95,12 +101,12 @@ def test_an_operator_that_is_killed_at_any_moment_comes_to_the_same_end_with_one
         third = deliver(store, small_base, "west", sequence=sequence)
         record(space, third)
         made = expected_version(small_base, [*here, third])
-        until(lambda: phases(space).get(made) == "Ready")
+        until(is_ready, made)
         assert merged(store, made) == merge(store, small_base, [*here, third], tmp_path)
         patch = '--patch={"spec":{"consent":"Withdrawn"}}'
         space.kubectl("patch", f"dv/{third.name}", "--type=merge", patch)
         revoked.add(made)
-        until(lambda: phases(space)[made] == "Revoked" and waiting_for(space) == f"{lasting} is Ready")
+        until(is_revoked, made)
     killer.end()
     space.until(lambda: not any(store.has_version(name) for name in revoked), why=operator.tail)
     space.until(lambda: all(is_settled(each) for each in space.items("datavectors")), why=operator.tail)
