@@ -87,7 +87,7 @@ class ReconcileMetrics:
         """Sets for each policy how long its oldest vector has waited."""
         self._queue_age.clear()
         for world in worlds:
-            age = max((now - world.arrived[0]).total_seconds(), 0) if world.arrived else 0
+            age = max((now - world.queued_since).total_seconds(), 0) if world.queued_since else 0
             self._queue_age.labels(world.policy.name).set(age)
 
 

@@ -6,6 +6,7 @@ kopf's handlers take note of what changed and wake the reconciliation; `aggregat
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from typing import Any
 
@@ -45,11 +46,13 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
     settings.queueing.idle_timeout = 0.01  # and each of them no longer than its handler runs
     settings.persistence.diffbase_storage = NoDiffs()
     settings.networking.error_backoffs = [0.5, 1, 2, 5]
+    gc.freeze()  # what is there now stays, and need not be looked through again and again
     try:
         memo.operator = Operator(load_settings(OperatorSettings, None, {}, prefix=OPERATOR_PREFIX))
         await memo.operator.start()
     except DataVectorError as error:
         raise kopf.PermanentError(str(error)) from None
+    gc.freeze()
     memo.reconciling = asyncio.create_task(memo.operator.run(), name="reconcile")
 
 

@@ -130,6 +130,11 @@ class World:
         return tuple(vector for vector in eligible(self) if vector.name not in self.merged)
 
     @cached_property
+    def queued_since(self) -> datetime | None:
+        """When the first of the arrivals came."""
+        return min((vector.arrived_at for vector in self.arrivals), default=None)
+
+    @cached_property
     def arrived(self) -> list[datetime]:
         """When the arrivals came, sorted."""
         return sorted(vector.arrived_at for vector in self.arrivals)
