@@ -38,6 +38,7 @@ class NoDiffs(kopf.DiffBaseStorage):
 
 @kopf.on.startup()
 async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
+    gc.freeze()  # what is there now stays, and need not be looked through again and again
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # it has a line for each piece of news
     settings.scanning.disabled = True  # a Role knows neither namespaces nor definitions
     settings.posting.enabled = False  # events are ours, about steps, not about handlers
@@ -46,7 +47,6 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
     settings.queueing.idle_timeout = 0.01  # and each of them no longer than its handler runs
     settings.persistence.diffbase_storage = NoDiffs()
     settings.networking.error_backoffs = [0.5, 1, 2, 5]
-    gc.freeze()  # what is there now stays, and need not be looked through again and again
     try:
         memo.operator = Operator(load_settings(OperatorSettings, None, {}, prefix=OPERATOR_PREFIX))
         await memo.operator.start()
