@@ -6,6 +6,7 @@ kopf's handlers take note of what changed and wake the reconciliation; `aggregat
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from typing import Any
 
@@ -55,6 +56,7 @@ class Seldom(logging.Filter):
 
 @kopf.on.startup()
 async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
+    gc.freeze()  # what is there now stays, and need not be looked through again and again
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # it has a line for each piece of news
     settings.scanning.disabled = True  # a Role knows neither namespaces nor definitions
     settings.posting.enabled = False  # events are ours, about steps, not about handlers
@@ -69,6 +71,7 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
         await memo.operator.start()
     except DataVectorError as error:
         raise kopf.PermanentError(str(error)) from None
+    gc.freeze()
     memo.reconciling = asyncio.create_task(memo.operator.run(), name="reconcile")
 
 

@@ -8,6 +8,7 @@ same objects: names are deterministic and every action may be repeated.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -130,7 +131,32 @@ class World:
         return frozenset(name for version in self.versions for name in version.vectors)
 
     @cached_property
-    def waiting_since(self) -> dict[tuple[str, str], datetime]:
+    def arrivals(self) -> tuple[DataVector, ...]:
+        """The eligible vectors that no version of the policy has."""
+        return tuple(vector for vector in eligible(self) if vector.name not in self.merged)
+
+    @cached_property
+    def queued_since(self) -> datetime | None:
+        """When the first of the arrivals came."""
+        return min((vector.arrived_at for vector in self.arrivals), default=None)
+
+    @cached_property
+    def arrived(self) -> list[datetime]:
+        """When the arrivals came, sorted."""
+        return sorted(vector.arrived_at for vector in self.arrivals)
+
+    @cached_property
+    def arrivals_wait_since(self) -> list[datetime]:
+        """Since when the hospitals of the arrivals wait, sorted."""
+        return sorted(self._waiting_since.get(_sender(vector), vector.arrived_at) for vector in self.arrivals)
+
+    @cached_property
+    def hospitals_wait_since(self) -> list[datetime]:
+        """Since when the hospitals of the eligible vectors wait, or are there, sorted."""
+        return sorted(self._waiting_since.get(_sender(vector), vector.arrived_at) for vector in eligible(self))
+
+    @cached_property
+    def _waiting_since(self) -> dict[tuple[str, str], datetime]:
         """By hospital and base model when the first vector came that none of the hospital's merged ones has replaced.
 
         So a hospital that keeps sending does not put off the others for longer than maxWaitSeconds.
@@ -142,12 +168,6 @@ class World:
             else:
                 since[_sender(vector)] = min(since.get(_sender(vector), vector.arrived_at), vector.arrived_at)
         return since
-
-    @cached_property
-    def queued_since(self) -> datetime | None:
-        """When the oldest eligible vector came that no version of the policy has."""
-        arrivals = [vector.arrived_at for vector in eligible(self) if vector.name not in self.merged]
-        return min(arrivals, default=None)
 
 
 # --- Actions --------------------------------------------------------------------------------------------------
@@ -370,22 +390,19 @@ def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersi
     )
 
 
-def due(world: World, vectors: tuple[DataVector, ...], now: datetime) -> datetime | None:
-    """When `vectors` are to be merged: None for at once.
+def due(world: World, now: datetime) -> datetime | None:
+    """When the eligible vectors are to be merged: None for at once.
 
     Arrivals wait for quiet, at most maxWaitSeconds after there were enough hospitals. A withdrawal or a changed
     policy brings nothing new to wait for, and a withdrawal that left no version does not wait for arrivals either.
     """
-    trigger = world.policy.spec.trigger
-    arrivals = [vector for vector in vectors if vector.name not in world.merged]
+    trigger, arrivals = world.policy.spec.trigger, len(world.arrivals)
     bereft = all(version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED) for version in world.versions)
-    if not arrivals or (bereft and len(vectors) - len(arrivals) >= trigger.min_hospitals):
+    if not arrivals or (bereft and len(eligible(world)) - arrivals >= trigger.min_hospitals):
         return None
-    waiting = world.waiting_since
-    since = {vector.name: _credible(waiting.get(_sender(vector), vector.arrived_at), now) for vector in vectors}
-    first = min(since[vector.name] for vector in arrivals)
-    enough = sorted(since.values())[trigger.min_hospitals - 1]
-    last = max(_credible(vector.arrived_at, now) for vector in arrivals)
+    first = _credible_at(world.arrivals_wait_since, 0, now)
+    enough = _credible_at(world.hospitals_wait_since, trigger.min_hospitals - 1, now)
+    last = _credible_at(world.arrived, arrivals - 1, now)
     return min(
         last + timedelta(seconds=trigger.quiet_period_seconds),
         max(first, enough) + timedelta(seconds=trigger.max_wait_seconds),
@@ -450,8 +467,9 @@ def vector_state(
         elif status.stored_at is None:
             changes["stored_at"] = vector.metadata.creation_timestamp or now
         changes["conditions"] = _conditions(status.conditions, {"Stored": stored, "Validated": valid}, vector, now)
-    changed = vector.model_copy(update={"status": status.model_copy(update=changes)})
-    return vector if changed == vector else changed
+    if all(getattr(status, name) == value for name, value in changes.items()):
+        return vector
+    return vector.model_copy(update={"status": status.model_copy(update=changes)})
 
 
 def base_state(base: BaseModelResource, *, available: bool, now: datetime) -> BaseModelResource:
@@ -489,7 +507,7 @@ def explain(world: World, now: datetime) -> str:
     wanted = world.wanted
     version = {version.name: version for version in world.versions}.get(wanted.name)
     if version is None or version.status.phase is Phase.SUPERSEDED:
-        time = due(world, vectors, now)
+        time = due(world, now)
         when = f"at {_clock(time)} unless another arrives" if time and time > now else "now"
         return f"{len(vectors)} hospitals; merging {when}"
     match version.status.phase:
@@ -516,7 +534,7 @@ def _next_version(world: World, now: datetime) -> list[Action]:
     known = {version.name: version for version in world.versions}.get(wanted.name)
     if known is not None and known.status.phase is not Phase.SUPERSEDED:
         return [*_give_way(known, world, now), *_newest_ready(known, world, now)]
-    time = due(world, vectors, now)
+    time = due(world, now)
     if time is not None and now < time:
         return [WakeAt(time)]
     start: Action = CreateVersion(wanted) if known is None else Save(known.with_phase(Phase.PENDING, now=now))
@@ -675,6 +693,12 @@ def _credible(time: datetime, now: datetime) -> datetime:
     return time if time <= now + SKEW else _LONG_AGO
 
 
+def _credible_at(times: list[datetime], index: int, now: datetime) -> datetime:
+    """What would be at that index if each of the times, which are sorted, were `_credible` and then sorted again."""
+    ahead = len(times) - bisect_right(times, now + SKEW)
+    return _LONG_AGO if index < ahead else times[index - ahead]
+
+
 def _erased(vector: DataVector, now: datetime) -> DataVector:
     values: dict[str, _Values] = {"Stored": ("False", "Erased", ""), "Erased": ("True", "Erased", "")}
     conditions = _conditions(vector.status.conditions, values, vector, now)
@@ -688,8 +712,11 @@ _Values = tuple[ConditionStatus, str, str]  # of a condition: status, reason, me
 def _conditions(
     conditions: tuple[Condition, ...], values: Mapping[str, _Values], of: Resource, now: datetime
 ) -> tuple[Condition, ...]:
+    generation = of.metadata.generation
+    said = {each.type: (each.status, each.reason, each.message, each.observed_generation) for each in conditions}
     for kind, (status, reason, message) in values.items():
-        conditions = with_condition(conditions, kind, status, reason, message, of.metadata.generation, now)
+        if said.get(kind) != (status, reason, message, generation):
+            conditions = with_condition(conditions, kind, status, reason, message, generation, now)
     return conditions
 
 

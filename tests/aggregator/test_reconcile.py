@@ -112,7 +112,7 @@ def test_a_replacement_waits_on_its_own_after_what_it_replaces_was_merged():
     unmerged, merged, newest = (vector("north", number, at=at) for number, at in ((1, 0), (2, 100), (3, 1000)))
     ready = version(rules, merged, SOUTH, phase=Phase.READY, at=200)
     world = World(rules, BASE, (unmerged, merged, newest, SOUTH), (ready,))
-    assert due(world, eligible(world), at(1000)) == at(1060)
+    assert due(world, at(1000)) == at(1060)
 
 
 def test_nobody_waits_for_what_a_clock_that_was_ahead_has_written():
