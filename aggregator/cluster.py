@@ -110,7 +110,6 @@ class Cache:
                 self._objects[kind][name] = resource
             elif gone:
                 self._objects[kind].pop(name, None)
-                self._gone[kind][name] = version
             else:
                 self._ignored[kind].add(name)
         return True
@@ -148,10 +147,6 @@ class Cache:
             self._ignored[kind] = (ignored - newest.keys()) | (self._ignored[kind] & newest.keys())
             self._listed[kind], self._newest[kind] = listed, newest
         return resource_version
-
-
-def _revision(resource: Resource | None) -> int:
-    return int(resource.metadata.resource_version or 0) if resource else 0
 
 
 def _decoded(kind: type[AnyResource], content: Object) -> AnyResource | None:
