@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 import threading
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, TypeVar
@@ -17,10 +19,11 @@ from aggregator.resources import (
     DataVector,
     MergePolicy,
     ModelVersion,
+    Part,
     Resource,
     utc_now,
 )
-from datavector.errors import ApiConflict, ClusterError, ObjectMissing
+from datavector.errors import ApiConflict, DataVectorError, ObjectMissing
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ AnyResource = TypeVar("AnyResource", bound=Resource)
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 10.0  # seconds before the API server is asked again
 
+_FIELDS: dict[frozenset[str], set[str]] = {}
 _METADATA = ("name", "creationTimestamp", "uid", "resourceVersion", "generation")
 
 
@@ -38,7 +42,7 @@ def decode(kind: type[AnyResource], content: Object) -> AnyResource:
         pydantic.ValidationError: it is not what this program understands.
     """
     metadata = {key: content["metadata"][key] for key in _METADATA if key in content["metadata"]}
-    return kind.parse(
+    resource = kind.parse(
         {
             "apiVersion": content["apiVersion"],
             "metadata": metadata,
@@ -46,6 +50,24 @@ def decode(kind: type[AnyResource], content: Object) -> AnyResource:
             "status": content.get("status", {}),
         }
     )
+    _share(resource)
+    return resource
+
+
+def _share(part: Part) -> None:
+    """Keeps once what many objects have: names of the fields that were set (half of an object's memory), and texts."""
+    fields = part.__pydantic_fields_set__
+    object.__setattr__(part, "__pydantic_fields_set__", _FIELDS.setdefault(frozenset(fields), fields))
+    values = part.__dict__
+    for name, value in values.items():
+        if type(value) is str:
+            values[name] = sys.intern(value)
+        elif isinstance(value, Part):
+            _share(value)
+        elif type(value) is tuple:
+            for each in value:
+                if isinstance(each, Part):
+                    _share(each)
 
 
 class Cache:
@@ -55,7 +77,8 @@ class Cache:
         self._lock = threading.Lock()
         self._objects: dict[type[Resource], dict[str, Resource]] = {kind: {} for kind in KINDS}
         self._ignored: dict[type[Resource], set[str]] = {kind: set() for kind in KINDS}
-        self._gone: dict[type[Resource], dict[str, int]] = {kind: {} for kind in KINDS}  # since the last list
+        self._listed = dict.fromkeys(KINDS, 0)  # resource version of the last list
+        self._newest: dict[type[Resource], dict[str, int]] = {kind: {} for kind in KINDS}  # since then; gone ones, too
 
     def all(self, kind: type[AnyResource]) -> list[AnyResource]:
         with self._lock:
@@ -78,16 +101,15 @@ class Cache:
         """
         name, version = content["metadata"]["name"], int(content["metadata"]["resourceVersion"])
         with self._lock:
-            known = self._objects[kind].get(name)
-            if max(_revision(known), self._gone[kind].get(name, 0)) >= version:
+            if version <= max(self._listed[kind], self._newest[kind].get(name, 0)):
                 return False
             resource = None if gone else _decoded(kind, content)
+            self._newest[kind][name] = version
             self._ignored[kind].discard(name)
             if resource is not None:
                 self._objects[kind][name] = resource
             elif gone:
                 self._objects[kind].pop(name, None)
-                self._gone[kind][name] = version
             else:
                 self._ignored[kind].add(name)
         return True
@@ -102,7 +124,7 @@ class Cache:
             return not any(self._ignored.values())
 
     def load(self, api: Api, kind: type[Resource]) -> str:
-        """Replaces what is known of a kind by what the API server has; what was observed meanwhile stays.
+        """Replaces what is known of a kind by what the API server has, but for what was observed since.
 
         Returns:
             The resource version from which a watch goes on.
@@ -117,19 +139,14 @@ class Cache:
                 ignored.add(content["metadata"]["name"])
 
         resource_version = api.list(Kind.of(kind), take)
+        listed = int(resource_version)
         with self._lock:
-            gone = self._gone[kind]
-            kept = {name: each for name, each in found.items() if gone.get(name, 0) < _revision(each)}
-            for name, known in self._objects[kind].items():
-                if _revision(known) > (_revision(kept[name]) if name in kept else int(resource_version)):
-                    kept[name] = known
-            self._objects[kind], self._ignored[kind] = kept, ignored
-            gone.clear()
+            newest = {name: version for name, version in self._newest[kind].items() if version > listed}
+            since = {name: resource for name, resource in self._objects[kind].items() if name in newest}
+            self._objects[kind] = {name: found[name] for name in found if name not in newest} | since
+            self._ignored[kind] = (ignored - newest.keys()) | (self._ignored[kind] & newest.keys())
+            self._listed[kind], self._newest[kind] = listed, newest
         return resource_version
-
-
-def _revision(resource: Resource | None) -> int:
-    return int(resource.metadata.resource_version or 0) if resource else 0
 
 
 def _decoded(kind: type[AnyResource], content: Object) -> AnyResource | None:
@@ -264,25 +281,31 @@ class Feed:
 
     @property
     def loaded(self) -> bool:
-        return all(event.is_set() for event in self._loaded.values())
+        return not self.missing
+
+    @property
+    def missing(self) -> list[str]:
+        """The kinds that have not been listed yet, by their plural names."""
+        return [kind.plural for kind, event in self._loaded.items() if not event.is_set()]
 
     def stop(self) -> None:
         self._stopping.set()
 
     def _follow(self, kind: type[Resource]) -> None:
-        pause, said = FIRST_PAUSE, ""
+        pause, said = FIRST_PAUSE, set[str]()
         while not self._stopping.is_set():
             try:
                 resource_version = self._cache.load(self._api, kind)
                 self._loaded[kind].set()
                 self._changed()
-                pause, said = FIRST_PAUSE, _back(kind, said)
-                while not self._stopping.is_set():
-                    resource_version = self._watch(kind, resource_version)
-            except ObjectMissing as error:  # the version is too old, or there is no such kind
-                said = _complain(error, said)
-            except ClusterError as error:
-                said = _complain(error, said)
+                if said:
+                    log.info("%s can be read again", kind.plural)
+                pause, said = FIRST_PAUSE, set()
+                with contextlib.suppress(ObjectMissing):  # the version is too old, or the kind is gone: list again
+                    while not self._stopping.is_set():
+                        resource_version = self._watch(kind, resource_version)
+            except Exception as error:  # a thread that ended would leave the cache as it is for ever
+                said = {complain(error, said)}
             self._stopping.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -294,14 +317,12 @@ class Feed:
         return resource_version
 
 
-def _complain(error: ClusterError, said: str) -> str:
-    """Logs what is new about an outage."""
-    if str(error) != said:
-        log.warning("%s", error)
+def complain(error: Exception, said: Collection[str]) -> str:
+    """Logs an error, unless that has been said.
+
+    Returns:
+        Its text.
+    """
+    if str(error) not in said:
+        log.warning("%s", error, exc_info=None if isinstance(error, DataVectorError) else error)
     return str(error)
-
-
-def _back(kind: type[Resource], said: str) -> str:
-    if said:
-        log.info("%s can be read again", kind.plural)
-    return ""

@@ -7,6 +7,7 @@ identity: a Pod's service account, else the kubeconfig of KUBECONFIG.
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Kind:
 
 JOBS = Kind("apis/batch/v1", "jobs")
 PODS = Kind("api/v1", "pods")
-EVENTS = Kind("apis/events.k8s.io/v1", "events")
+EVENTS = Kind("api/v1", "events")
 
 
 class Api:
@@ -188,7 +189,7 @@ class Api:
         except urllib3.exceptions.HTTPError as error:
             raise ApiUnavailable(self.server, str(error)) from error
         if answer.status >= 400:
-            raise _error(answer.status, _status(answer.data), method, kind, "/".join(path))
+            raise _error(answer.status, _status(answer.data), method, kind, "/".join(filter(None, path)))
         return answer
 
 
@@ -198,7 +199,7 @@ def _configuration() -> Configuration:
         load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
     except ConfigException:
         try:
-            load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+            load_kube_config(os.environ.get("KUBECONFIG"), client_configuration=configuration)  # type: ignore[no-untyped-call]
         except (ConfigException, OSError, TypeError) as error:
             raise ConfigError(
                 f"there is no way to a Kubernetes API server ({error})",
@@ -227,7 +228,7 @@ def _status(content: bytes) -> Object:
         status = json.loads(content)
     except ValueError:
         status = None
-    return status if isinstance(status, dict) else {"message": content.decode(errors="replace")[:500]}
+    return status if isinstance(status, dict) else {"message": content.decode(errors="replace").strip()[:500]}
 
 
 def _error(code: int, status: Object, verb: str, kind: Kind, name: str) -> Exception:

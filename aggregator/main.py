@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import logging
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from aggregator.embedded import ChildJobs
+from aggregator.lock import alone
 from aggregator.metrics import Metrics, ReconcileMetrics
 from aggregator.policy_file import load_policies
 from aggregator.receiver import Receiver
@@ -46,7 +45,7 @@ def run(settings: AggregatorSettings) -> None:
     for policy in policies:
         choose(policy.spec.method.name, policy.spec.method.parameters)
     store = Store(settings.store)
-    with _alone(store):
+    with alone(store.root):
         remove_leftovers(store.root)
         if settings.base is not None:
             store.import_base(settings.base)
@@ -58,19 +57,6 @@ def run(settings: AggregatorSettings) -> None:
             asyncio.run(_serve(settings, store, registry))
         finally:
             registry.close()
-
-
-@contextlib.contextmanager
-def _alone(store: Store) -> Iterator[None]:
-    """Keeps a second aggregator off the store; the lock ends with the process, however that ends."""
-    with (store.root / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"another aggregator uses the store {store.root}", remedy="stop it first, or give another store"
-            ) from error
-        yield
 
 
 async def _serve(settings: AggregatorSettings, store: Store, registry: SqliteRegistry) -> None:

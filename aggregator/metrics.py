@@ -10,7 +10,7 @@ from datetime import datetime
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from aggregator.reconcile import World, eligible
+from aggregator.reconcile import World
 from aggregator.resources import Consent, DataVector, MergePolicy, ModelVersion, Phase
 
 
@@ -27,6 +27,9 @@ class Metrics:
         self.refused_calls = self._counter("refused_calls", "Calls that ended with an error, by its class.", "reason")
         self.running_calls = Gauge(
             "datavector_receiver_running_calls", "Calls that are running now.", ("method",), registry=self.registry
+        )
+        self.outbox = Gauge(
+            "datavector_receiver_outbox", "Vectors that the Kubernetes API does not have yet.", registry=self.registry
         )
         self.vectors = Gauge("datavector_vectors", "Vectors by consent.", ("consent",), registry=self.registry)
         self.versions = Gauge("datavector_versions", "Model versions by phase.", ("phase",), registry=self.registry)
@@ -87,9 +90,7 @@ class ReconcileMetrics:
         """Sets for each policy how long its oldest vector has waited."""
         self._queue_age.clear()
         for world in worlds:
-            merged = {name for version in world.versions for name in version.vectors}
-            times = [vector.arrived_at for vector in eligible(world) if vector.name not in merged]
-            age = max((now - min(times)).total_seconds(), 0) if times else 0
+            age = max((now - world.queued_since).total_seconds(), 0) if world.queued_since else 0
             self._queue_age.labels(world.policy.name).set(age)
 
 

@@ -19,7 +19,7 @@ from aggregator.settings import OPERATOR_PREFIX, OperatorSettings
 from datavector.config import load_settings
 from datavector.errors import DataVectorError
 
-
+PAGE = 100  # objects of one answer to a LIST
 OUTAGE_TRIES = 120  # of kopf to reach the API server, 5 seconds apart
 SELDOM_SECONDS = 10.0
 
@@ -38,12 +38,28 @@ class Seldom(logging.Filter):
         return True
 
 
+class NoDiffs(kopf.DiffBaseStorage):
+    """Spares kopf a copy of each object, which it would compare with the next for handlers that we do not have."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
+
+    def fetch(self, **_: Any) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        pass
+
+
 @kopf.on.startup()
 async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> None:
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)  # it has a line for each piece of news
     settings.scanning.disabled = True  # a Role knows neither namespaces nor definitions
     settings.posting.enabled = False  # events are ours, about steps, not about handlers
     settings.watching.connect_timeout = 5
+    settings.watching.chunk_size = PAGE  # a list's objects are in memory page by page,
+    settings.queueing.idle_timeout = 0.01  # and each of them no longer than its handler runs
+    settings.persistence.diffbase_storage = NoDiffs()
     settings.networking.error_backoffs = [0.5, 1, 2, *[5] * OUTAGE_TRIES]  # then kopf ends, and the Pod begins anew
     logging.getLogger("kopf._cogs.clients.watching").addFilter(Seldom())
     try:

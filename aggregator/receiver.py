@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,6 @@ class Receiver:
 
     Args:
         wake: called after every commit, withdrawal, finished visit and meeting.
-        waiting_for: what each policy waits for, as a sentence; whoever knows keeps it current.
 
     Attributes:
         port: the port, once started.
@@ -80,14 +79,12 @@ class Receiver:
         registry: Registry,
         settings: ReceiverSettings,
         wake: Callable[[], None],
-        waiting_for: Mapping[str, str] | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self.store = store
         self.registry = registry
         self.settings = settings
         self.metrics = metrics or Metrics()
-        self.waiting_for = {} if waiting_for is None else waiting_for
         self.port = 0
         self._wake = wake
         self._bases: dict[str, BaseModel] = {}
@@ -194,7 +191,7 @@ class Receiver:
                     name=policy.name,
                     base_digest=base.digest if base else "",
                     base_files=await _infos({name: base.path / name for name in FILES}) if base else (),
-                    waiting_for=self.waiting_for.get(policy.name, ""),
+                    waiting_for=policy.status.waiting_for,
                     ready_version=ready.name if ready else "",
                     last_sequence=last_sequence(self.registry.vectors(), call.hospital, base.digest) if base else 0,
                 )
@@ -205,7 +202,8 @@ class Receiver:
         policy = request.policy or self._only_policy()
         version = self._ready(policy)
         if version is None:
-            waiting_for = self.waiting_for.get(policy, "")
+            sentences = {each.name: each.status.waiting_for for each in self.registry.policies()}
+            waiting_for = sentences.get(policy, "")
             raise NotReady(
                 f"policy {policy!r} has no Ready version" + (f" ({waiting_for})" if waiting_for else ""),
                 remedy="try again later",
@@ -371,7 +369,7 @@ class Receiver:
         return self._bases[digest]
 
     async def _base_of(self, policy: MergePolicy) -> BaseModel | None:
-        reference = policy.spec.base_model_ref
+        reference = self.registry.base_reference(policy.spec.base_model_ref)
         match find_bases(self._bases.values(), reference):
             case [known]:
                 return known

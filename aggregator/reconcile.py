@@ -8,13 +8,15 @@ same objects: names are deterministic and every action may be repeated.
 from __future__ import annotations
 
 import hashlib
-import itertools
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
 from typing import Any, Literal
 
 from aggregator.resources import (
+    JOB_FAILED,
     BaseModelResource,
     Calibration,
     CalibrationMethod,
@@ -59,6 +61,38 @@ class Base:
     vector_size: int = 0
 
 
+class Vectors(tuple[DataVector, ...]):
+    """Vectors that find out once what follows from them alone, for all the policies and rounds that share them."""
+
+    @classmethod
+    def of(cls, vectors: Iterable[DataVector]) -> Vectors:
+        return vectors if isinstance(vectors, cls) else cls(vectors)
+
+    @cached_property
+    def newest(self) -> frozenset[str]:
+        """Names of the newest vector of each hospital and base model, of those that count."""
+        return frozenset(vector.name for vector in _newest(vector for vector in self if _counts(vector)))
+
+    @cached_property
+    def usable(self) -> dict[str, tuple[DataVector, ...]]:
+        """By base model what a version may be made of; see `eligible`."""
+        found = defaultdict(list)
+        for vector in self:
+            if vector.granted and vector.status.stored_at and vector.name in self.newest:
+                found[vector.spec.base_model_ref].append(vector)
+        return {base: tuple(sorted(vectors, key=_content)) for base, vectors in found.items()}
+
+    @cached_property
+    def withdrawn(self) -> frozenset[str]:
+        """Names of those without consent."""
+        return frozenset(vector.name for vector in self if not vector.granted)
+
+    @cached_property
+    def granted_by_age(self) -> tuple[DataVector, ...]:
+        """Those with consent, in the order of each hospital's `_seniority`."""
+        return tuple(sorted((vector for vector in self if vector.granted), key=_seniority))
+
+
 @dataclass(frozen=True)
 class World:
     """Everything that decides about one policy.
@@ -79,6 +113,36 @@ class World:
     visits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     running: frozenset[str] = frozenset()
     refused: str = ""
+
+    @cached_property
+    def wanted(self) -> ModelVersion:
+        """The version of the vectors that are eligible; there must be some."""
+        return desired_version(self, eligible(self))
+
+    @cached_property
+    def merged(self) -> frozenset[str]:
+        """Names of the vectors that a version of the policy has."""
+        return frozenset(name for version in self.versions for name in version.vectors)
+
+    @cached_property
+    def waiting_since(self) -> dict[tuple[str, str], datetime]:
+        """By hospital and base model when the first vector came that none of the hospital's merged ones has replaced.
+
+        So a hospital that keeps sending does not put off the others for longer than maxWaitSeconds.
+        """
+        since: dict[tuple[str, str], datetime] = {}
+        for vector in Vectors.of(self.vectors).granted_by_age:
+            if vector.name in self.merged:
+                since.pop(_sender(vector), None)
+            else:
+                since[_sender(vector)] = min(since.get(_sender(vector), vector.arrived_at), vector.arrived_at)
+        return since
+
+    @cached_property
+    def queued_since(self) -> datetime | None:
+        """When the oldest eligible vector came that no version of the policy has."""
+        arrivals = [vector.arrived_at for vector in eligible(self) if vector.name not in self.merged]
+        return min(arrivals, default=None)
 
 
 # --- Actions --------------------------------------------------------------------------------------------------
@@ -172,9 +236,9 @@ def sweep(
                 actions.append(StopJob(version.name))
             elif version.name in on_disk:
                 actions.append(EraseVersion(version.name))
-    replaced = _replaced(vectors)
+    vectors = Vectors.of(vectors)
     for vector in vectors:
-        unwanted = not vector.granted or vector.name in replaced
+        unwanted = not vector.granted or (_counts(vector) and vector.name not in vectors.newest)
         if unwanted and vector.name not in needed and vector.status.erased_at is None:
             actions.append(EraseBlob(_erased(vector, now)))
     return actions
@@ -220,12 +284,13 @@ def job_failed(version: ModelVersion, failure: Failure) -> ModelVersion:
         return version.with_phase(Phase.FAILED, now=failure.at, message=failure.message)
     retry_at = failure.at + (PAUSE if failure.passing else timedelta(seconds=2.0**attempts))
     changes = {"attempts": attempts, "retry_at": retry_at}
-    return version.with_message("JobFailed", failure.message, now=failure.at, **changes)
+    return version.with_message(JOB_FAILED, failure.message, now=failure.at, **changes)
 
 
 def revocations(vectors: Iterable[DataVector], versions: Iterable[ModelVersion], now: datetime) -> list[ModelVersion]:
     """Versions that contain a withdrawn vector and are not Revoked yet, as Revoked."""
-    withdrawn = {vector.name for vector in vectors if not vector.granted}
+    if not (withdrawn := Vectors.of(vectors).withdrawn):
+        return []
     return [
         version.with_phase(
             Phase.REVOKED, now=now, message=f"{', '.join(sorted(version.vectors & withdrawn))} was withdrawn"
@@ -263,11 +328,7 @@ def eligible(world: World) -> tuple[DataVector, ...]:
     """
     if world.base is None:
         return ()
-    newest = _newest(
-        vector for vector in world.vectors if vector.spec.base_model_ref == world.base.digest and _counts(vector)
-    )
-    usable = (vector for vector in newest if vector.granted and vector.status.stored_at)
-    return tuple(sorted(usable, key=lambda vector: (vector.spec.artifact.digest, vector.name)))
+    return Vectors.of(world.vectors).usable.get(world.base.digest, ())
 
 
 def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersion:
@@ -310,18 +371,15 @@ def due(world: World, vectors: tuple[DataVector, ...], now: datetime) -> datetim
     Arrivals wait for quiet, at most maxWaitSeconds after there were enough hospitals. A withdrawal or a changed
     policy brings nothing new to wait for, and a withdrawal that left no version does not wait for arrivals either.
     """
-
-    def since(vector: DataVector) -> datetime:
-        return _credible(_waiting_since(vector, world.vectors, merged), now)
-
     trigger = world.policy.spec.trigger
-    merged = {name for version in world.versions for name in version.vectors}
-    arrivals = [vector for vector in vectors if vector.name not in merged]
+    arrivals = [vector for vector in vectors if vector.name not in world.merged]
     bereft = all(version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED) for version in world.versions)
     if not arrivals or (bereft and len(vectors) - len(arrivals) >= trigger.min_hospitals):
         return None
-    first = min(since(vector) for vector in arrivals)
-    enough = sorted(since(vector) for vector in vectors)[trigger.min_hospitals - 1]
+    waiting = world.waiting_since
+    since = {vector.name: _credible(waiting.get(_sender(vector), vector.arrived_at), now) for vector in vectors}
+    first = min(since[vector.name] for vector in arrivals)
+    enough = sorted(since.values())[trigger.min_hospitals - 1]
     last = max(_credible(vector.arrived_at, now) for vector in arrivals)
     return min(
         last + timedelta(seconds=trigger.quiet_period_seconds),
@@ -368,7 +426,7 @@ def vector_state(
         merged_in: Ready versions that contain it.
     """
     spec, status = vector.spec, vector.status
-    changes: dict[str, Any] = {"merged_in": merged_in}
+    changes: dict[str, Any] = {"merged_in": merged_in or None}
     if not vector.granted and status.withdrawn_at is None:
         changes["withdrawn_at"] = now
     if status.erased_at is None:
@@ -423,7 +481,7 @@ def explain(world: World, now: datetime) -> str:
         missing = spec.trigger.min_hospitals - len(vectors)
         more = "one" if missing == 1 else missing
         return f"{len(vectors)} of {spec.trigger.min_hospitals} hospitals; waiting for {more} more"
-    wanted = desired_version(world, vectors)
+    wanted = world.wanted
     version = {version.name: version for version in world.versions}.get(wanted.name)
     if version is None or version.status.phase is Phase.SUPERSEDED:
         time = due(world, vectors, now)
@@ -449,7 +507,7 @@ def _next_version(world: World, now: datetime) -> list[Action]:
     vectors = eligible(world)
     if world.refused or world.policy.spec.suspend or len(vectors) < world.policy.spec.trigger.min_hospitals:
         return []
-    wanted = desired_version(world, vectors)
+    wanted = world.wanted
     known = {version.name: version for version in world.versions}.get(wanted.name)
     if known is not None and known.status.phase is not Phase.SUPERSEDED:
         return [*_give_way(known, world, now), *_newest_ready(known, world, now)]
@@ -545,10 +603,14 @@ def _over_limit(world: World, now: datetime) -> list[Action]:
     ]
 
 
-def _replaced(vectors: Sequence[DataVector]) -> set[str]:
-    """Names of the vectors that a newer one of the same hospital and base has replaced."""
-    counting = [vector for vector in vectors if _counts(vector)]
-    return {vector.name for vector in counting} - {vector.name for vector in _newest(counting)}
+def _newest(vectors: Iterable[DataVector]) -> list[DataVector]:
+    """The newest vector of each hospital and base model, in whatever order they come."""
+    newest: dict[tuple[str, str], DataVector] = {}
+    for vector in vectors:
+        known = newest.get(_sender(vector))
+        if known is None or _seniority(known) < _seniority(vector):
+            newest[_sender(vector)] = vector
+    return list(newest.values())
 
 
 def _counts(vector: DataVector) -> bool:
@@ -556,10 +618,9 @@ def _counts(vector: DataVector) -> bool:
     return not vector.granted or vector.status.stored_at is not None
 
 
-def _newest(vectors: Iterable[DataVector]) -> list[DataVector]:
-    """The newest vector of each hospital and base model, in whatever order they come."""
-    by_age = sorted(vectors, key=_seniority)
-    return list({(vector.spec.hospital, vector.spec.base_model_ref): vector for vector in by_age}.values())
+def _sender(vector: DataVector) -> tuple[str, str]:
+    """Whose vectors replace each other: a hospital's, of one base model."""
+    return vector.spec.hospital, vector.spec.base_model_ref
 
 
 def _seniority(vector: DataVector) -> tuple[int, datetime, str]:
@@ -567,16 +628,8 @@ def _seniority(vector: DataVector) -> tuple[int, datetime, str]:
     return vector.spec.sequence, vector.arrived_at, vector.name
 
 
-def _waiting_since(vector: DataVector, vectors: Iterable[DataVector], merged: set[str]) -> datetime:
-    """When the first of a hospital's vectors came that none of its merged ones has replaced.
-
-    So a hospital that keeps sending does not put off the others for longer than maxWaitSeconds.
-    """
-    key = (vector.spec.hospital, vector.spec.base_model_ref)
-    own = [other for other in vectors if other.granted and (other.spec.hospital, other.spec.base_model_ref) == key]
-    newest_first = sorted(own, key=_seniority, reverse=True)
-    unmerged = itertools.takewhile(lambda other: other.name not in merged, newest_first)
-    return min((other.arrived_at for other in unmerged), default=vector.arrived_at)
+def _content(vector: DataVector) -> tuple[str, str]:
+    return vector.spec.artifact.digest, vector.name
 
 
 def _withdrawn(vector: DataVector, now: datetime) -> DataVector:

@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from operator import is_
 from typing import Protocol
 
 from aggregator.garbage import collect_garbage
@@ -27,6 +28,7 @@ from aggregator.reconcile import (
     Save,
     Stage,
     StopJob,
+    Vectors,
     WakeAt,
     World,
     abandon,
@@ -54,6 +56,7 @@ log = logging.getLogger(__name__)
 STAGES: tuple[Stage, ...] = ("merge", "release")
 SETTLE_ROUNDS = 100
 PAUSE = timedelta(seconds=10)  # after a full disk or the like
+_NONE = Vectors()
 ORPHANS = "versions without a policy"
 OBJECTS = "what the objects say"
 GRACE = timedelta(days=1)  # for files without an object
@@ -123,6 +126,12 @@ class Reconciler:
         self._grace = grace
         self._changed = asyncio.Event()
         self._bases: list[BaseModel] = []
+        self._facts: dict[str, Base] = {}
+        self._vectors = Vectors()
+        self._by_base: dict[str, Vectors] = {}
+        self._worlds: dict[str, World] = {}
+        self._silent: dict[str, DataVector] = {}
+        self._silent_while: object = None
         self._collect_at = _LONG_AGO
         self._logged: dict[str, datetime] = {}
 
@@ -164,7 +173,7 @@ class Reconciler:
                 self.store.check()
             except StoreMissing as error:
                 return self._without_store(error, outcome)
-            self._bases = self.store.bases()
+            self._look_for_bases()
             for _ in range(SETTLE_ROUNDS):
                 worlds = self._observe_all(faults)
                 tracks = self._tracks(worlds, faults)
@@ -185,29 +194,9 @@ class Reconciler:
 
     def explain(self, policy: MergePolicy) -> str:
         """What a policy waits for now, as a sentence."""
-        self._bases = self.store.bases()
-        return explain(self.observe(policy, self.registry.vectors(), self.registry.versions()), utc_now())
-
-    def observe(self, policy: MergePolicy, vectors: Iterable[DataVector], versions: Iterable[ModelVersion]) -> World:
-        """What the store and the registry say about a policy now.
-
-        Args:
-            vectors: those of its base model, at least.
-            versions: those of the policy, at least.
-        """
-        own = tuple(version for version in versions if version.spec.policy_ref == policy.name)
-        names = [version.name for version in own if version.status.phase.unfinished]
-        reports = {(name, stage): self.store.report(name, stage) for name in names for stage in STAGES}
-        return World(
-            policy=policy,
-            base=self._base(policy.spec.base_model_ref),
-            vectors=tuple(vectors),
-            versions=own,
-            reports={key: report for key, report in reports.items() if report is not None},
-            visits={name: self.store.rounds(name) for name in names},
-            running=frozenset(self.jobs.running()),
-            refused=_refusal(policy),
-        )
+        self._look_for_bases()
+        vectors, versions, running = self.registry.vectors(), self.registry.versions(), self.jobs.running()
+        return explain(self._observe(policy, vectors, versions, running), utc_now())
 
     # --- Parts of a round
 
@@ -220,21 +209,73 @@ class Reconciler:
         outcome.faults = len(faults)
         return utc_now() + PAUSE
 
+    def _look_for_bases(self) -> None:
+        self._bases = self.store.bases()
+        self._facts = {base.digest: _base_of(base) for base in self._bases}
+
+    def _list_vectors(self) -> None:
+        """Lists the vectors, and keeps those of a base model that are the same as before with all that they know."""
+        listed = self.registry.vectors()
+        if _same(self._vectors, listed):
+            return
+        self._vectors = Vectors(listed)
+        grouped = defaultdict(list)
+        for vector in listed:
+            grouped[vector.spec.base_model_ref].append(vector)
+        known = self._by_base
+        self._by_base = {
+            base: known[base] if _same(known.get(base, ()), vectors) else Vectors(vectors)
+            for base, vectors in grouped.items()
+        }
+
     def _observe_all(self, faults: dict[str, Exception]) -> list[World]:
-        """The worlds of all policies; what keeps one from being observed becomes a fault of it."""
-        by_base, by_policy, worlds = defaultdict(list), defaultdict(list), []
-        for vector in self.registry.vectors():
-            by_base[vector.spec.base_model_ref].append(vector)
+        """The worlds of all policies; what keeps one from being observed becomes a fault of it.
+
+        A world in which nothing has changed is the one of before, with all that it knows.
+        """
+        self._list_vectors()
+        by_policy, worlds, running = defaultdict(list), [], self.jobs.running()
         for version in self.registry.versions():
             by_policy[version.spec.policy_ref].append(version)
         for policy in self.registry.policies():
             try:
                 base = self._base(policy.spec.base_model_ref)
-                vectors = by_base[base.digest] if base else []
-                worlds.append(self.observe(policy, vectors, by_policy[policy.name]))
+                vectors = self._by_base.get(base.digest, _NONE) if base else _NONE
+                world = self._observe(policy, vectors, by_policy[policy.name], running)
+                known = self._worlds.get(policy.name)
+                worlds.append(known if known and known.vectors is vectors and known == world else world)
             except Exception as error:
                 faults[policy.name] = error
+        self._worlds = {world.policy.name: world for world in worlds}
         return worlds
+
+    def _observe(
+        self,
+        policy: MergePolicy,
+        vectors: Iterable[DataVector],
+        versions: Iterable[ModelVersion],
+        running: Collection[str],
+    ) -> World:
+        """What the store and the registry say about a policy now.
+
+        Args:
+            vectors: those of its base model, at least.
+            versions: those of the policy, at least.
+            running: versions with a running job.
+        """
+        own = tuple(version for version in versions if version.spec.policy_ref == policy.name)
+        names = [version.name for version in own if version.status.phase.unfinished]
+        reports = {(name, stage): self.store.report(name, stage) for name in names for stage in STAGES}
+        return World(
+            policy=policy,
+            base=self._base(policy.spec.base_model_ref),
+            vectors=Vectors.of(vectors),
+            versions=own,
+            reports={key: report for key, report in reports.items() if report is not None},
+            visits={name: self.store.rounds(name) for name in names},
+            running=frozenset(running),
+            refused=_refusal(policy),
+        )
 
     def _tracks(self, worlds: list[World], faults: Mapping[str, Exception]) -> dict[str, list[Action]]:
         """What is to be done now, in parts that do not depend on each other, each under a name.
@@ -245,67 +286,56 @@ class Reconciler:
         Args:
             faults: of the parts that failed, which are left out.
         """
-        now, vectors, versions = utc_now(), self.registry.vectors(), self.registry.versions()
-        tracks: dict[str, list[Action]] = {OBJECTS: self._states(vectors, versions, now)}
+        now, versions = utc_now(), self.registry.versions()
+        tracks: dict[str, list[Action]] = {OBJECTS: self._states(versions, now)}
         if all(world.policy.name not in faults for world in worlds) and len(worlds) == len(self.registry.policies()):
-            tracks |= self._erasing(worlds, vectors, versions, now)
+            tracks |= self._erasing(worlds, versions, now)
         names = {policy.name for policy in self.registry.policies()}
         tracks[ORPHANS] = abandon((version for version in versions if version.spec.policy_ref not in names), now)
+        failures, troubles = self.jobs.failures(), self.jobs.troubles()
         for world in worlds:
-            tracks[world.policy.name] = self._news_of_jobs(world, now) or plan(world, now)
+            tracks[world.policy.name] = _news_of_jobs(world, failures, troubles, now) or plan(world, now)
         return {name: actions for name, actions in tracks.items() if name not in faults}
 
-    def _states(self, vectors: list[DataVector], versions: list[ModelVersion], now: datetime) -> list[Action]:
+    def _states(self, versions: list[ModelVersion], now: datetime) -> list[Action]:
         """Saves what vectors and base models do not say of themselves yet."""
+        changed: list[Resource] = [*self._states_of_vectors(versions, now)]
+        for base in self.registry.base_models():
+            available = base_state(base, available=base.spec.artifact_digest in self._facts, now=now)
+            if available is not base:
+                changed.append(available)
+        return [Save(resource) for resource in changed]
+
+    def _states_of_vectors(self, versions: list[ModelVersion], now: datetime) -> Iterator[DataVector]:
+        """Vectors that do not say of themselves what is known.
+
+        One that was silent, and whose file is not to be looked for, stays so as long as nothing has changed.
+        """
         merged_in = defaultdict(list)
         for version in versions:
             if version.status.phase is Phase.READY:
                 for entry in version.spec.inputs:
                     merged_in[entry.data_vector].append(version.name)
-        bases = {base.digest: _base_of(base) for base in self._bases}
-        changed: list[Resource] = []
-        for vector in vectors:
-            size = vector.spec.artifact.size if vector.status.stored_at else self.store.blob_size(vector)
-            state = vector_state(
-                vector, bases.get(vector.spec.base_model_ref), size, tuple(sorted(merged_in[vector.name])), now
-            )
-            if state is not vector:
-                changed.append(state)
-        for base in self.registry.base_models():
-            available = base_state(base, available=base.spec.artifact_digest in bases, now=now)
-            if available is not base:
-                changed.append(available)
-        return [Save(resource) for resource in changed]
+        context = self._facts, merged_in
+        before = self._silent if context == self._silent_while else {}
+        self._silent, self._silent_while = {}, context
+        for vector in self._vectors:
+            if before.get(vector.name) is not vector:
+                base, stored = self._facts.get(vector.spec.base_model_ref), vector.status.stored_at
+                size = vector.spec.artifact.size if stored else self.store.blob_size(vector)
+                state = vector_state(vector, base, size, tuple(sorted(merged_in.get(vector.name, ()))), now)
+                if state is not vector:
+                    yield state
+                if state is not vector or not stored:
+                    continue
+            self._silent[vector.name] = vector
 
-    def _erasing(
-        self, worlds: list[World], vectors: list[DataVector], versions: list[ModelVersion], now: datetime
-    ) -> dict[str, list[Action]]:
-        wanted = frozenset(vector.name for world in worlds for vector in eligible(world))
+    def _erasing(self, worlds: list[World], versions: list[ModelVersion], now: datetime) -> dict[str, list[Action]]:
+        choices = {world.base.digest: eligible(world) for world in worlds if world.base}
+        wanted = frozenset(vector.name for vectors in choices.values() for vector in vectors)
         on_disk = frozenset(version.name for version in versions if self.store.has_version(version.name))
-        erasing = sweep(versions, vectors, wanted, running=self.jobs.running(), on_disk=on_disk, now=now)
+        erasing = sweep(versions, self._vectors, wanted, running=self.jobs.running(), on_disk=on_disk, now=now)
         return {_subject(action): [action] for action in erasing}
-
-    def _news_of_jobs(self, world: World, now: datetime) -> list[Action]:
-        """Saves what became of jobs, which decides what is planned next."""
-        failures, troubles = self.jobs.failures(), self.jobs.troubles()
-        news = []
-        for version in world.versions:
-            failure = failures.get(version.name)
-            reason, message = troubles.get(version.name, ("", ""))
-            if failure and not on_record(version, failure):
-                log.warning("%s: its job failed: %s", version.name, failure.message)
-                news.append(job_failed(version, failure))
-            elif message and version.status.phase.unfinished and version.status.message != message:
-                news.append(version.with_message(reason, message, now=now))
-            elif not message and self._is_over(version):
-                news.append(version.with_message(version.status.phase.value, "", now=now))
-        return [Save(version) for version in news]
-
-    def _is_over(self, version: ModelVersion) -> bool:
-        """Whether a trouble of a version's job has passed; what is said of a failed one stays until the next."""
-        status = version.status
-        going = version.name in self.jobs.running() and version.name not in self.jobs.stopping()
-        return bool(going and status.phase.unfinished and status.message and status.retry_at is None)
 
     def _is_due(self, action: Action) -> bool:
         """Whether there is something to do; a job that was stopped counts as running until it has ended."""
@@ -352,14 +382,13 @@ class Reconciler:
 
     def _lacks_files(self) -> bool:
         """Whether an object waits for a file of the store, which nobody tells of."""
-        policies, vectors = self.registry.policies(), self.registry.vectors()
-        without_base = any(self._base(policy.spec.base_model_ref) is None for policy in policies)
-        return without_base or any(vector.granted and vector.status.stored_at is None for vector in vectors)
+        without_base = any(self._base(policy.spec.base_model_ref) is None for policy in self.registry.policies())
+        return without_base or any(vector.granted and vector.status.stored_at is None for vector in self._vectors)
 
     def _base(self, reference: str) -> Base | None:
         match find_bases(self._bases, self.registry.base_reference(reference)):
             case [base]:
-                return _base_of(base)
+                return self._facts[base.digest]
         return None
 
     def _carry_out(self, action: Action) -> None:
@@ -397,6 +426,29 @@ class Reconciler:
 
 def _base_of(base: BaseModel) -> Base:
     return Base(base.digest, has_batchnorm=bool(base.batchnorm_layers), vector_size=base.vector_layout.size)
+
+
+def _same(before: Collection[DataVector], now: Collection[DataVector]) -> bool:
+    """Whether both are the very same objects."""
+    return len(before) == len(now) and all(map(is_, before, now))
+
+
+def _news_of_jobs(
+    world: World, failures: Mapping[str, Failure], troubles: Mapping[str, tuple[str, str]], now: datetime
+) -> list[Action]:
+    """Saves what became of jobs, which decides what is planned next."""
+    news = []
+    for version in world.versions:
+        failure = failures.get(version.name)
+        reason, message = troubles.get(version.name, ("", ""))
+        if failure and not on_record(version, failure):
+            log.warning("%s: its job failed: %s", version.name, failure.message)
+            news.append(job_failed(version, failure))
+        elif message and version.status.phase.unfinished and version.status.message != message:
+            news.append(version.with_message(reason, message, now=now))
+        elif not message and version.name in world.running and version.troubled:
+            news.append(version.with_message(version.status.phase.value, "", now=now))
+    return [Save(version) for version in news]
 
 
 def _refusal(policy: MergePolicy) -> str:

@@ -168,7 +168,7 @@ class VectorStatus(Part):
     )
     withdrawn_at: datetime | None = Field(default=None, description="When its consent was withdrawn.")
     erased_at: datetime | None = Field(default=None, description="When its file was erased from the store.")
-    merged_in: tuple[str, ...] = Field(default=(), description="Ready versions that contain it.")
+    merged_in: tuple[str, ...] | None = Field(default=None, description="Ready versions that contain it.")
     conditions: tuple[Condition, ...] = Field(default=(), description="Stored, Validated and Erased.")
 
 
@@ -413,6 +413,12 @@ class ModelVersion(Resource):
     def vectors(self) -> frozenset[str]:
         return frozenset(entry.data_vector for entry in self.spec.inputs)
 
+    @property
+    def troubled(self) -> bool:
+        """Whether it says that its running job comes to nothing."""
+        reasons = [each.reason for each in self.status.conditions if each.type == "Ready"]
+        return self.status.phase.unfinished and reasons not in ([], [self.status.phase.value], [JOB_FAILED])
+
     def with_phase(self, phase: Phase, *, now: datetime, message: str = "", **changes: Any) -> ModelVersion:
         """This version in another phase, with the conditions of that phase."""
         changes = {"phase": phase, "message": message, "attempts": 0, "retry_at": None, **changes}
@@ -431,6 +437,8 @@ class ModelVersion(Resource):
         status = self.status.model_copy(update={**changes, "conditions": conditions})
         return self.model_copy(update={"status": status})
 
+
+JOB_FAILED = "JobFailed"
 
 _CONDITIONS: dict[Phase, dict[str, ConditionStatus]] = {
     Phase.PENDING: {"Merged": "False", "Calibrated": "False", "Exported": "False", "Ready": "False"},

@@ -1,4 +1,7 @@
-"""What an aggregation site sets: aggregator.toml, DATAVECTOR_AGGREGATOR_* environment variables, flags."""
+"""What an aggregation site sets: aggregator.toml, DATAVECTOR_AGGREGATOR_* environment variables, flags.
+
+The receiver of a cluster has settings of its own: receiver.toml, DATAVECTOR_RECEIVER_*.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from datavector.config import Section
 from datavector.wire.certs import TRUST_DOMAIN
 
 PREFIX = "DATAVECTOR_AGGREGATOR_"
+RECEIVER_PREFIX = "DATAVECTOR_RECEIVER_"
 
 
 class Tls(Section):
@@ -104,4 +108,18 @@ class AggregatorSettings(ReceiverSettings):
     store: Path
     policy: Path
     base: Path | None = None
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+
+
+class ClusterReceiverSettings(ReceiverSettings):
+    """Everything the receiver needs to know where it is a process of its own in a cluster.
+
+    Attributes:
+        store: folder that it shares with the operator and the jobs.
+        namespace: of the objects; its own, or that of the kubeconfig's default, where absent.
+        metrics_port: of Prometheus metrics; 0 serves none.
+    """
+
+    store: Path
+    namespace: str | None = None
     metrics_port: int = Field(default=0, ge=0, le=65535)

@@ -249,8 +249,9 @@ class Store:
         """Hospital and SHA-256 of every committed vector, but those whose object is about to be made."""
         coming = {(path.parent.name, path.name) for path in (self.root / "uploads").glob("*/*")}
         for path in (self.root / "outbox").glob("*.json"):
-            spec = json.loads(path.read_text())["spec"]
-            coming.add((spec["hospital"], spec["artifact"]["digest"].removeprefix("sha256:")))
+            with contextlib.suppress(FileNotFoundError):  # the receiver has just sent it
+                spec = json.loads(path.read_text())["spec"]
+                coming.add((spec["hospital"], spec["artifact"]["digest"].removeprefix("sha256:")))
         return {(path.parent.name, path.name) for path in (self.root / "blobs").glob("*/*")} - coming
 
     def versions(self) -> set[str]:

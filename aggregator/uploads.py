@@ -273,8 +273,9 @@ class Uploads:
                 )
             return None
         if not vector.granted:
+            when = vector.status.withdrawn_at  # in a cluster the operator writes it, a moment later
             raise AlreadyWithdrawn(
-                f"{vector.name} was withdrawn at {vector.status.withdrawn_at:%Y-%m-%d %H:%M}Z",
+                f"{vector.name} was withdrawn" + (f" at {when:%Y-%m-%d %H:%M}Z" if when else ""),
                 remedy="consent goes one way: change training.seed or the images, then train again",
             )
         if vector.spec.sequence < last or vector.status.erased_at is not None:

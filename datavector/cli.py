@@ -105,6 +105,17 @@ def base_create(
     typer.echo(base.digest)
 
 
+@base_app.command("import")
+def base_import(
+    source: Annotated[Path, typer.Argument(help="Folder that `datavector base create` wrote.")],
+    store: Annotated[Path, typer.Option(help="The aggregator's store.")],
+) -> None:
+    """Copy a base model into an aggregator's store; prints the BaseModel object to apply in a cluster."""
+    from aggregator.importing import import_base
+
+    typer.echo(import_base(source, store), nl=False)
+
+
 ServerNames = Annotated[
     list[str] | None, typer.Option("--server-name", help="DNS name or IP address of the aggregator; may be repeated.")
 ]
@@ -314,6 +325,30 @@ def aggregator(
         "tls.certificate": certificate, "tls.key": key, "tls.ca": ca, "tls.trust_domain": trust_domain,
     }  # fmt: skip
     run(load_settings(AggregatorSettings, config, flags, prefix=PREFIX))
+
+
+@app.command()
+def receiver(
+    config: Config = None,
+    store: Annotated[Path | None, typer.Option(help="Folder that it shares with the operator and its Jobs.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Of the objects; the Pod's own where absent.")] = None,
+    listen: Annotated[str | None, typer.Option(help="address:port; port 0 takes a free one.")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="The aggregator's certificate.")] = None,
+    key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="The authority that signed the hospitals' certificates.")] = None,
+    trust_domain: Annotated[str | None, typer.Option(help="First part of every identity.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(help="Port of Prometheus metrics; 0 for none.")] = None,
+) -> None:
+    """In a Kubernetes cluster: talk to hospitals, and keep what they send as custom resources."""
+    from aggregator.cluster_receiver import run
+    from aggregator.settings import RECEIVER_PREFIX, ClusterReceiverSettings
+    from datavector.config import load_settings
+
+    flags = {
+        "store": store, "namespace": namespace, "listen": listen, "metrics_port": metrics_port,
+        "tls.certificate": certificate, "tls.key": key, "tls.ca": ca, "tls.trust_domain": trust_domain,
+    }  # fmt: skip
+    run(load_settings(ClusterReceiverSettings, config, flags, prefix=RECEIVER_PREFIX))
 
 
 @app.command()

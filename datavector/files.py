@@ -59,7 +59,7 @@ def claim_folder(folder: Path, owner: str) -> None:
     if mark.is_file():
         return
     strange = sorted(path.name for path in folder.glob("*") if path.name not in _NEUTRAL)
-    if strange:
+    if strange and not mark.is_file():  # another process of this owner may have come in between
         raise UsageError(
             f"{folder} holds other files ({strange[0]}), and was not made by the {owner}",
             remedy=f"give the {owner} a folder of its own, where it may remove files; if this is one, create {mark}",

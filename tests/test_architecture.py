@@ -8,7 +8,7 @@ import sys
 import pytest
 
 LIGHT = [
-    "aggregator.receiver", "aggregator.embedded",
+    "aggregator.receiver", "aggregator.cluster_receiver", "aggregator.embedded",
     "aggregator.reconciler", "aggregator.reconcile", "aggregator.registry", "aggregator.store",
     "aggregator.job", "aggregator.main", "datavector.vector", "datavector.model", "datavector.merge", "datavector.cli",
 ]  # fmt: skip

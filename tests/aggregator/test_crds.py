@@ -22,7 +22,6 @@ from aggregator.resources import (
     Phase,
     PolicySpec,
     Resource,
-    with_condition,
 )
 from aggregator.resources import Condition as StatusCondition
 from tests import check_crds
@@ -315,14 +314,12 @@ def story() -> tuple[Resource, ...]:
     stored = StatusCondition(type="Stored", status="True", reason="Stored", last_transition_time=START)
     available = StatusCondition(type="Available", status="True", reason="Stored", last_transition_time=START)
     west = vector("west", withdrawn=True)
-    west = with_status(west, erased_at=START, conditions=with_condition((), stored))
+    west = with_status(west, erased_at=START, conditions=(stored,))
     revoked = version(POLICY, NORTH, SOUTH, vector("west")).with_phase(
         Phase.REVOKED, now=START, message="it contains west-1, which was withdrawn"
     )
     ready = version(POLICY, NORTH, SOUTH, phase=Phase.READY)
-    granted = (
-        with_status(each, merged_in=(ready.name,), conditions=with_condition((), stored)) for each in (NORTH, SOUTH)
-    )
+    granted = (with_status(each, merged_in=(ready.name,), conditions=(stored,)) for each in (NORTH, SOUTH))
     return (
         with_status(BASE_MODEL, conditions=(available,)),
         *granted,

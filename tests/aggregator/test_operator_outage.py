@@ -24,7 +24,7 @@ def test_after_an_outage_of_the_api_server_in_the_middle_of_a_job_everything_fol
     node.hold()
     space.apply(manifest(policy(base="small", quiet=0, mode="visit")))
     arrive(small_base, "north", "south")
-    running = '--output=jsonpath={.items[*].status.phase}'
+    running = "--output=jsonpath={.items[*].status.phase}"
     space.until(lambda: space.kubectl("get", "pods", running) == "Running", why=operator.tail)
     (first,) = phases(space)
     pid = operator.pid
@@ -39,7 +39,9 @@ def test_after_an_outage_of_the_api_server_in_the_middle_of_a_job_everything_fol
     assert hospitals(space, second[0]) == {"north", "south", "west"}
     assert operator.pid == pid
     assert operator.running
-    complaints = [line for line in operator.log.read_text().splitlines() if "will retry" in line or "escalating" in line]
+    complaints = [
+        line for line in operator.log.read_text().splitlines() if "will retry" in line or "escalating" in line
+    ]
     assert len(complaints) <= 2 + OUTAGE_SECONDS / 5
 
 

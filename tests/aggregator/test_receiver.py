@@ -21,7 +21,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from agent.client import Client, Credentials, inside
 from agent.ledger import Ledger, read_ledger
 from agent.upload import upload
-from aggregator.resources import ModelVersion
+from aggregator.resources import ModelVersion, PolicyStatus
 from datavector.errors import (
     CertificateError,
     Denied,
@@ -39,15 +39,16 @@ from datavector.errors import (
 from datavector.files import sha256_file
 from datavector.wire.certs import init_authority, issue_aggregator, issue_hospital, read_report
 from datavector.wire.v1.exchange_pb2 import FetchRequest, FileInfo
-from tests.serving import announce, make_settings, make_store, serve, write_tau
+from tests.serving import announce, make_settings, make_store, policy_of, serve, write_tau
 
 
 def version(policy, base, *, phase, name="small-0123456789", ready_at=None):
+    north = {"dataVector": "north-1", "hospital": "north", "digest": f"sha256:{'0' * 64}", "sampleCount": 1}
     return ModelVersion.parse(
         {
             "metadata": {"name": name},
             "spec": {
-                "policyRef": policy, "baseModelRef": base.digest, "inputs": [], "inputsHash": "0" * 64,
+                "policyRef": policy, "baseModelRef": base.digest, "inputs": [north], "inputsHash": "0" * 64,
                 "method": {}, "calibration": {}, "export": {},
             },
             "status": {"phase": phase, "readyAt": ready_at},
@@ -315,7 +316,8 @@ def test_a_deny_list_that_is_gone_lets_nobody_in(start_receiver, small_base, con
 
 
 def test_describe_names_policies_bases_and_what_they_wait_for(receiver, connect, small_base):
-    receiver.receiver.waiting_for["small"] = "2 hospitals"
+    waiting = policy_of(small_base).model_copy(update={"status": PolicyStatus(waiting_for="2 hospitals")})
+    receiver.registry.set_policies([waiting])
     policy = next(policy for policy in connect(receiver.address).describe().policies if policy.name == "small")
     assert policy.base_digest == small_base.digest
     assert policy.waiting_for == "2 hospitals"

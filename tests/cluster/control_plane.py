@@ -60,7 +60,7 @@ class ControlPlane(Cluster):
         folder.mkdir(parents=True)
         self._components = components
         self._api_server_program = api_server or components / "kube-apiserver"
-        self._etcd_port, self._peer_port, self._port, self._controllers_port = _free_ports(4)
+        self._etcd_port, self._peer_port, self._port, self._controllers_port = free_ports(4)
         self._running: dict[str, Process] = {}
         authority = Authority(folder / "pki")
         authority.issue("server", common_name="kube-apiserver")
@@ -182,7 +182,7 @@ class ControlPlane(Cluster):
         return write_kubeconfig(self._root / "kubeconfig", url=url, ca=self._pki / "ca.crt", user=user)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports of loopback that nobody listens on now."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]

@@ -53,16 +53,17 @@ class Process:
     Args:
         arguments: of the command line, after `datavector`.
         log: where standard output and standard error go, together.
+        environment: variables beside those of this process.
     """
 
-    def __init__(self, arguments: Sequence[str | Path], log: Path) -> None:
+    def __init__(self, arguments: Sequence[str | Path], log: Path, **environment: str) -> None:
         self.log = log
         command = [sys.executable, "-m", "datavector", *map(str, arguments)]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as output:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=ENVIRONMENT,
-                cwd=log.parent, start_new_session=True,
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                env=ENVIRONMENT | environment, cwd=log.parent, start_new_session=True,
             )  # fmt: skip
 
     @property

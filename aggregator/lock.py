@@ -1,0 +1,27 @@
+"""One process to a store: the lock of the embedded aggregator, and of the receiver in a cluster."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+from collections.abc import Iterator
+from pathlib import Path
+
+from datavector.errors import UsageError
+
+
+@contextlib.contextmanager
+def alone(store: Path) -> Iterator[None]:
+    """Keeps a second aggregator or receiver off a store; the lock ends with the process, however that ends.
+
+    Raises:
+        UsageError: there is one.
+    """
+    with (store / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"another aggregator uses the store {store}", remedy="stop it first, or give another store"
+            ) from error
+        yield
