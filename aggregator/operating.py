@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping
 from datetime import timedelta
@@ -28,8 +29,7 @@ Event = Mapping[str, Any]  # of a watch: type (None for what was listed) and obj
 
 RETRY_SECONDS = 10.0  # between tries to reach the API server, and looks at outdated definitions
 CHECK_SECONDS = 60.0  # between comparisons of the cache with the API
-FIRST_LIST_SECONDS = 20.0  # after the start, in which kopf lists everything for the first time
-RELIST_SECONDS = 1.0  # from the first object of a list that kopf has read again to a list of our own
+RELIST_SECONDS = 1.0  # from news of kopf's that it has listed something to such a comparison
 COALESCE_SECONDS = 0.1  # in which changes that come together are planned for at once
 NOTE = 1024  # characters that an Event may have
 NOTES = {  # of steps that say nothing themselves
@@ -68,7 +68,7 @@ class Operator:
             grace=timedelta(seconds=settings.grace_seconds),
         )
         self._said: dict[str, str] = {}
-        self._settled_at = self._loaded_at = utc_now()
+        self._settled_at = utc_now()
         self._relisted = asyncio.Event()
         if settings.metrics_port:
             serve_metrics(self.metrics.registry, settings.metrics_port)
@@ -86,7 +86,6 @@ class Operator:
         while True:
             try:
                 await asyncio.to_thread(self._load)
-                self._loaded_at = utc_now()
                 return
             except ApiUnavailable as error:
                 log.warning("%s", error)
@@ -96,15 +95,11 @@ class Operator:
         """Reconciles until cancelled."""
         self._loop = asyncio.get_running_loop()
         await self._until_definitions_fit()
-        beside = [
-            asyncio.create_task(self._keep_checking(), name="compare the cache with the API"),
-            asyncio.create_task(self._keep_listing(), name="list again after an outage"),
-        ]
+        checking = asyncio.create_task(self._keep_checking(), name="compare the cache with the API")
         try:
             await self._reconciler.run(in_thread=True, coalesce=COALESCE_SECONDS)
         finally:
-            for task in beside:
-                task.cancel()
+            checking.cancel()
 
     def observe(self, kind: type[Resource], event: Event) -> None:
         """Takes note of an object's newest state."""
@@ -126,22 +121,9 @@ class Operator:
         self._jobs.load()
 
     def _notice_list(self, event: Event) -> None:
-        """kopf lists a kind again after an outage, and is silent about what was deleted meanwhile: so does this."""
-        if event["type"] is None and utc_now() > self._loaded_at + timedelta(seconds=FIRST_LIST_SECONDS):
+        """kopf lists a kind again after an outage, and is silent about what was deleted meanwhile."""
+        if event["type"] is None:
             self._relisted.set()
-
-    async def _keep_listing(self) -> None:
-        while True:
-            await self._relisted.wait()
-            await asyncio.sleep(RELIST_SECONDS)
-            self._relisted.clear()
-            try:
-                await asyncio.to_thread(self._load)
-                self._reconciler.wake()
-            except ClusterError as error:
-                log.warning("%s", error)
-                self._relisted.set()
-                await asyncio.sleep(RETRY_SECONDS)
 
     async def _until_definitions_fit(self) -> None:
         """Says what is wrong, and changes nothing, while the cluster's definitions lack what would be written."""
@@ -175,13 +157,20 @@ class Operator:
     async def _keep_checking(self) -> None:
         """Lists a kind again where the cache has another number of objects: a watch that broke may miss deletions."""
         while True:
-            await asyncio.sleep(CHECK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CHECK_SECONDS):
+                    await self._relisted.wait()
+            await asyncio.sleep(RELIST_SECONDS)
+            self._relisted.clear()
             try:
                 for kind in KINDS:
                     await asyncio.to_thread(self._compare, kind)
                 await asyncio.to_thread(self._jobs.load)
+                self._reconciler.wake()
             except ClusterError as error:
                 log.warning("%s", error)
+                self._relisted.set()
+                await asyncio.sleep(RETRY_SECONDS)
 
     def _compare(self, kind: type[Resource]) -> None:
         if self._api.count(Kind.of(kind)) != self._cache.size(kind):

@@ -21,21 +21,6 @@ from datavector.config import load_settings
 from datavector.errors import DataVectorError
 
 PAGE = 100  # objects of one answer to a LIST
-
-
-class NoDiffs(kopf.DiffBaseStorage):
-    """Spares kopf a copy of each object, which it would compare with the next for handlers that we do not have."""
-
-    def build(self, **_: Any) -> kopf.BodyEssence:
-        return kopf.BodyEssence({})
-
-    def fetch(self, **_: Any) -> kopf.BodyEssence | None:
-        return None
-
-    def store(self, **_: Any) -> None:
-        pass
-
-
 OUTAGE_TRIES = 120  # of kopf to reach the API server, 5 seconds apart
 SELDOM_SECONDS = 10.0
 
@@ -52,6 +37,19 @@ class Seldom(logging.Filter):
             return record.levelno < logging.ERROR
         self._next = record.created + SELDOM_SECONDS
         return True
+
+
+class NoDiffs(kopf.DiffBaseStorage):
+    """Spares kopf a copy of each object, which it would compare with the next for handlers that we do not have."""
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
+
+    def fetch(self, **_: Any) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        pass
 
 
 @kopf.on.startup()

@@ -75,11 +75,6 @@ class Vectors(tuple[DataVector, ...]):
         return frozenset(vector.name for vector in _newest(vector for vector in self if _counts(vector)))
 
     @cached_property
-    def replaced(self) -> frozenset[str]:
-        """Names of those that a newer one of the same hospital and base model has replaced."""
-        return frozenset(vector.name for vector in self if _counts(vector)) - self.newest
-
-    @cached_property
     def usable(self) -> dict[str, tuple[DataVector, ...]]:
         """By base model what a version may be made of; see `eligible`."""
         found = defaultdict(list)
@@ -263,7 +258,7 @@ def sweep(
                 actions.append(EraseVersion(version.name))
     vectors = Vectors.of(vectors)
     for vector in vectors:
-        unwanted = not vector.granted or vector.name in vectors.replaced
+        unwanted = not vector.granted or (_counts(vector) and vector.name not in vectors.newest)
         if unwanted and vector.name not in needed and vector.status.erased_at is None:
             actions.append(EraseBlob(_erased(vector, now)))
     return actions
@@ -626,11 +621,6 @@ def _over_limit(world: World, now: datetime) -> list[Action]:
     ]
 
 
-def _counts(vector: DataVector) -> bool:
-    """Whether a vector speaks for its hospital: its file is here and fits, or it is withdrawn."""
-    return not vector.granted or vector.status.stored_at is not None
-
-
 def _newest(vectors: Iterable[DataVector]) -> list[DataVector]:
     """The newest vector of each hospital and base model, in whatever order they come."""
     newest: dict[tuple[str, str], DataVector] = {}
@@ -639,6 +629,11 @@ def _newest(vectors: Iterable[DataVector]) -> list[DataVector]:
         if known is None or _seniority(known) < _seniority(vector):
             newest[_sender(vector)] = vector
     return list(newest.values())
+
+
+def _counts(vector: DataVector) -> bool:
+    """Whether a vector speaks for its hospital: its file is here and fits, or it is withdrawn."""
+    return not vector.granted or vector.status.stored_at is not None
 
 
 def _sender(vector: DataVector) -> tuple[str, str]:

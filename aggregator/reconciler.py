@@ -200,6 +200,15 @@ class Reconciler:
 
     # --- Parts of a round
 
+    def _without_store(self, error: StoreMissing, outcome: Outcome) -> datetime:
+        """Revokes what was withdrawn, for which objects suffice, and says on every policy why nothing else is done."""
+        for version in revocations(self.registry.vectors(), self.registry.versions(), utc_now()):
+            self._carry_out(Save(version))
+        faults: dict[str, Exception] = {OBJECTS: error}
+        self._settle([], faults)
+        outcome.faults = len(faults)
+        return utc_now() + PAUSE
+
     def _look_for_bases(self) -> None:
         self._bases = self.store.bases()
         self._facts = {base.digest: _base_of(base) for base in self._bases}
@@ -267,15 +276,6 @@ class Reconciler:
             running=frozenset(running),
             refused=_refusal(policy),
         )
-
-    def _without_store(self, error: StoreMissing, outcome: Outcome) -> datetime:
-        """Revokes what was withdrawn, for which objects suffice, and says on every policy why nothing else is done."""
-        for version in revocations(self.registry.vectors(), self.registry.versions(), utc_now()):
-            self._carry_out(Save(version))
-        faults: dict[str, Exception] = {OBJECTS: error}
-        self._settle([], faults)
-        outcome.faults = len(faults)
-        return utc_now() + PAUSE
 
     def _tracks(self, worlds: list[World], faults: Mapping[str, Exception]) -> dict[str, list[Action]]:
         """What is to be done now, in parts that do not depend on each other, each under a name.
@@ -382,9 +382,8 @@ class Reconciler:
 
     def _lacks_files(self) -> bool:
         """Whether an object waits for a file of the store, which nobody tells of."""
-        policies, vectors = self.registry.policies(), self.registry.vectors()
-        without_base = any(self._base(policy.spec.base_model_ref) is None for policy in policies)
-        return without_base or any(vector.granted and vector.status.stored_at is None for vector in vectors)
+        without_base = any(self._base(policy.spec.base_model_ref) is None for policy in self.registry.policies())
+        return without_base or any(vector.granted and vector.status.stored_at is None for vector in self._vectors)
 
     def _base(self, reference: str) -> Base | None:
         match find_bases(self._bases, self.registry.base_reference(reference)):

@@ -62,12 +62,14 @@ def test_what_was_deleted_while_the_operator_was_cut_off_is_noticed_when_it_is_b
         link.set("refuse")
         (gone,) = (each for each in space.items("datavectors") if each["spec"]["hospital"] == "west")
         space.kubectl("delete", f"dv/{gone['metadata']['name']}")
-        control_plane.stop_api_server()  # and with it the history from which a watch could go on
+        control_plane.stop_api_server()
+        control_plane.forget_history()
         control_plane.start_api_server()
         link.set("open")
         back = time.monotonic()
-        space.until(lambda: in_phase(space, "Calibrating") not in ([], [first]), why=operator.tail)
+        (second,) = space.until(lambda: phases(space).keys() - {first}, why=operator.tail)
         assert time.monotonic() - back < 30
-        assert hospitals(space, in_phase(space, "Calibrating")[0]) == {"north", "south"}
+        assert hospitals(space, second) == {"north", "south"}
+        assert "datavectors are listed again" in operator.log.read_text()
     finally:
         operator.close()

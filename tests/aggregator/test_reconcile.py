@@ -28,9 +28,10 @@ from aggregator.reconcile import (
     plan,
     quorum,
     sweep,
+    vector_state,
     withdraw,
 )
-from aggregator.resources import Consent, Metadata, ModelVersion, Phase
+from aggregator.resources import Consent, DataVector, Metadata, ModelVersion, Phase, VectorStatus
 from tests.aggregator.objects import BASE, START, at, policy, vector, version
 
 NORTH, SOUTH, EAST = vector("north", at=0), vector("south", at=10), vector("east", at=500)
@@ -568,3 +569,26 @@ def test_a_policy_says_when_it_will_merge():
     assert explain(replace(world, versions=(pending,)), at(70)) == f"{pending.name} is Pending"
     ready = version(policy(), NORTH, SOUTH, phase=Phase.READY)
     assert explain(replace(world, versions=(ready,)), at(70)) == f"{ready.name} is Ready"
+
+
+def unstored(vector: DataVector) -> DataVector:
+    """A vector of which only the object is there."""
+    return vector.model_copy(update={"status": VectorStatus()})
+
+
+def test_a_newer_vector_without_a_file_that_fits_takes_no_ones_place_and_erases_nothing():
+    asks, older, other = policy(), vector("north"), vector("south")
+    newer = unstored(vector("north", 2))
+    world = World(asks, BASE, (older, other, newer))
+    assert {each.name for each in eligible(world)} == {"north-1", "south-1"}
+    wanted = [each.name for each in eligible(world)]
+    assert sweep([], [older, other, newer], wanted, running=(), on_disk=(), now=at(0)) == []
+    assert sweep([], [older, other, newer], (), running=(), on_disk=(), now=at(0)) == []
+
+
+def test_a_vector_without_a_file_says_that_and_not_that_its_size_is_wrong():
+    state = vector_state(unstored(vector("north")), BASE, None, (), at(0))
+    assert {(each.type, each.status, each.reason) for each in state.status.conditions} == {
+        ("Stored", "False", "FileMissing"),
+        ("Validated", "False", "FileMissing"),
+    }

@@ -75,9 +75,12 @@ class Namespace:
 class RunningOperator:
     """`kopf run -m aggregator.operator`, which may be killed and started again."""
 
-    def __init__(self, kubeconfig: Path, namespace: Namespace, store: Path, log: Path, **settings: Any) -> None:
+    def __init__(
+        self, kubeconfig: Path, namespace: Namespace, store: Path, log: Path, *, liveness_port: int = 0, **settings: Any
+    ) -> None:
         self.log = log
         self._namespace = namespace
+        self._liveness_port = liveness_port
         self._environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("DATAVECTOR_")},
             "KUBECONFIG": str(kubeconfig),
@@ -97,6 +100,7 @@ class RunningOperator:
         command = [
             sys.executable, "-m", "kopf", "run", "-m", "aggregator.operator", "--standalone",
             f"--namespace={self._namespace.name}",
+            *([f"--liveness=http://127.0.0.1:{self._liveness_port}/healthz"] if self._liveness_port else []),
         ]  # fmt: skip
         self._process = Process(command, self.log, environment=self._environment)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import shutil
 import socket
 import ssl
@@ -11,6 +12,7 @@ import urllib.error
 import urllib.request
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from tests.cluster.certificates import Authority
 from tests.cluster.client import Cluster, write_kubeconfig
@@ -60,7 +62,7 @@ class ControlPlane(Cluster):
         folder.mkdir(parents=True)
         self._components = components
         self._api_server_program = api_server or components / "kube-apiserver"
-        self._etcd_port, self._peer_port, self._port, self._controllers_port = _free_ports(4)
+        self._etcd_port, self._peer_port, self._port, self._controllers_port = free_ports(4)
         self._running: dict[str, Process] = {}
         authority = Authority(folder / "pki")
         authority.issue("server", common_name="kube-apiserver")
@@ -108,12 +110,24 @@ class ControlPlane(Cluster):
         """Ends the API server as an outage does: at once, with its connections."""
         self._running.pop("kube-apiserver").end(seconds=0)
 
+    def forget_history(self) -> None:
+        """Lets etcd forget what was before now, as it does every few minutes: no watch goes on from there."""
+        now = self._ask_etcd("kv/range", {"key": base64.b64encode(b"/").decode()})["header"]["revision"]
+        self._ask_etcd("kv/compaction", {"revision": now, "physical": True})
+
     def close(self) -> None:
         """Ends every component and removes the folder."""
         for name in ("kube-controller-manager", "kube-apiserver", "etcd"):
             if name in self._running:
                 self._running.pop(name).end()
         shutil.rmtree(self._root, ignore_errors=True)
+
+    def _ask_etcd(self, what: str, content: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self._etcd_port}/v3/{what}", data=json.dumps(content).encode()
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as answer:
+            return dict(json.loads(answer.read()))
 
     def _start_etcd(self) -> None:
         client, peer = f"http://127.0.0.1:{self._etcd_port}", f"http://127.0.0.1:{self._peer_port}"
@@ -182,7 +196,7 @@ class ControlPlane(Cluster):
         return write_kubeconfig(self._root / "kubeconfig", url=url, ca=self._pki / "ca.crt", user=user)
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports of loopback that nobody listens on now."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
