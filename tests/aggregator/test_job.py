@@ -88,10 +88,19 @@ def test_a_merge_that_is_run_again_gives_the_same_bytes_and_clears_what_a_killed
     version = start()
     run(store, version, "merge")
     first = store.merged(version.name).read_bytes()
+    (store.version(version.name) / "report-merge.json").unlink()  # it was killed before it could report
     (store.version(version.name) / ".merged.safetensors.halfhalf.tmp").write_bytes(b"half")
     run(store, version, "merge")
     assert store.merged(version.name).read_bytes() == first
     assert list(store.version(version.name).glob(".*")) == []
+
+
+def test_a_stage_that_has_reported_is_not_run_again(store, start):
+    version = start()
+    run(store, version, "merge")
+    store.merged(version.name).unlink()
+    assert run(store, version, "merge").returncode == 0
+    assert not store.merged(version.name).exists()
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "gone"])

@@ -91,7 +91,7 @@ def namespace(cluster: Cluster) -> Iterator[str]:
         "create", "-f", "-",
         input={"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}},
     )  # fmt: skip
-    cluster.kubectl("wait", "--for=create", "serviceaccount/default", f"--namespace={name}", "--timeout=30s")
+    cluster.kubectl("wait", "--for=create", "serviceaccount/default", f"--namespace={name}", "--timeout=120s")
     yield name
     cluster.kubectl("delete", "namespace", name, "--wait=false")
     if not cluster.runs_pods:  # no kubelet will let them go
