@@ -20,6 +20,8 @@ from aggregator.settings import OPERATOR_PREFIX, OperatorSettings
 from datavector.config import load_settings
 from datavector.errors import DataVectorError
 
+log = logging.getLogger(__name__)
+
 PAGE = 100  # objects of one answer to a LIST
 OUTAGE_TRIES = 120  # of kopf to reach the API server, 5 seconds apart
 SELDOM_SECONDS = 10.0
@@ -67,16 +69,18 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
     try:
         memo.operator = Operator(load_settings(OperatorSettings, None, {}, prefix=OPERATOR_PREFIX))
         await memo.operator.start()
-    except DataVectorError as error:
-        raise kopf.PermanentError(str(error)) from None
+    except (DataVectorError, OSError) as error:  # an OSError is the store's
+        log.error("%s", error)
+        raise SystemExit(getattr(error, "exit_code", 1)) from None  # kopf would show its own traceback
     gc.freeze()
     memo.reconciling = asyncio.create_task(memo.operator.run(), name="reconcile")
 
 
 @kopf.on.cleanup()
 async def stop(memo: kopf.Memo, **_: Any) -> None:
-    memo.reconciling.cancel()
-    await asyncio.gather(memo.reconciling, return_exceptions=True)
+    if task := memo.get("reconciling"):  # none, where the start failed
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 @kopf.on.event(GROUP, API_VERSION, BaseModelResource.plural)
