@@ -117,6 +117,7 @@ class Cache:
     def forget(self, kind: type[Resource], name: str) -> None:
         with self._lock:
             self._objects[kind].pop(name, None)
+            self._ignored[kind].discard(name)
 
     def complete(self) -> bool:
         """Whether this program understands every object."""

@@ -21,7 +21,8 @@ def collect_garbage(
     Returns:
         What was erased.
     """
-    named = {(vector.spec.hospital, vector.spec.artifact.digest.removeprefix("sha256:")) for vector in vectors}
+    kept = [vector.spec for vector in vectors if not vector.status.erased_at]  # an erased one may have come back
+    named = {(spec.hospital, spec.artifact.digest.removeprefix("sha256:")) for spec in kept}
     blobs = {f"blob.{hospital}.{sha256}": (hospital, sha256) for hospital, sha256 in store.blobs() - named}
     known = {version.name for version in versions}
     folders = {f"version.{name}": name for name in store.versions() - known}

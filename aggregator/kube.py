@@ -140,7 +140,7 @@ class Api:
                 if event["type"] == "ERROR":
                     raise _error(event["object"].get("code", 500), event["object"], "watch", kind, "")
                 yield event["type"], event["object"]
-        except urllib3.exceptions.HTTPError as error:
+        except (urllib3.exceptions.HTTPError, ValueError) as error:
             raise ApiUnavailable(self.server, str(error)) from error
         finally:
             answer.close()
@@ -153,7 +153,11 @@ class Api:
             return {}
 
     def _json(self, method: str, kind: Kind, *path: str, **options: Any) -> Object:
-        content: Object = json.loads(self._send(method, kind, *path, **options).data)
+        answer = self._send(method, kind, *path, **options)
+        try:
+            content: Object = json.loads(answer.data)
+        except ValueError as error:
+            raise ApiUnavailable(self.server, f"its answer is no JSON: {error}") from error
         return content
 
     def _send(

@@ -53,7 +53,7 @@ class Operator:
         self.metrics = OperatorMetrics()
         self._api = Api(settings.namespace)
         self._cache = Cache()
-        self._store = Store(settings.store)
+        self._store = Store(settings.store, read_only=True)  # one that is not there is no new one: see Store.check
         self._registry = ClusterRegistry(self._api, self._cache)
         defaults = JobDefaults(settings.job_image, settings.store_claim, settings.job_service_account)
         self._jobs = ClusterJobs(self._api, self._registry, self._store, defaults, self.metrics)

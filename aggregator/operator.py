@@ -8,6 +8,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
+import signal
 from typing import Any
 
 import kopf
@@ -74,6 +76,14 @@ async def start(settings: kopf.OperatorSettings, memo: kopf.Memo, **_: Any) -> N
         raise SystemExit(getattr(error, "exit_code", 1)) from None  # kopf would show its own traceback
     gc.freeze()
     memo.reconciling = asyncio.create_task(memo.operator.run(), name="reconcile")
+    memo.reconciling.add_done_callback(end_where_failed)
+
+
+def end_where_failed(task: asyncio.Task[None]) -> None:
+    """Ends the process if its reconciliation has ended by an error, so that the Pod begins anew."""
+    if not task.cancelled() and (error := task.exception()):
+        log.error("the reconciliation has ended: %s", error, exc_info=error)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @kopf.on.cleanup()

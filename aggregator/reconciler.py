@@ -59,6 +59,7 @@ PAUSE = timedelta(seconds=10)  # after a full disk or the like
 _NONE = Vectors()
 ORPHANS = "versions without a policy"
 OBJECTS = "what the objects say"
+WITHDRAWALS = "withdrawals"
 GRACE = timedelta(days=1)  # for files without an object
 COLLECT_EVERY = timedelta(minutes=10)
 
@@ -287,6 +288,10 @@ class Reconciler:
             faults: of the parts that failed, which are left out.
         """
         now, versions = utc_now(), self.registry.versions()
+        # Whatever became of their policies: as long as one is not Revoked, nothing else is done.
+        revoked: list[Action] = [Save(version) for version in revocations(self._vectors, versions, now)]
+        if revoked and WITHDRAWALS not in faults:
+            return {WITHDRAWALS: revoked}
         tracks: dict[str, list[Action]] = {OBJECTS: self._states(versions, now)}
         if all(world.policy.name not in faults for world in worlds) and len(worlds) == len(self.registry.policies()):
             tracks |= self._erasing(worlds, versions, now)

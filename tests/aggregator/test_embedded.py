@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from aggregator.registry import SqliteRegistry
-from aggregator.resources import Phase
+from aggregator.resources import Consent, Phase
 from aggregator.store import Store
 from datavector.errors import DiskFull
 from datavector.files import sha256_file
@@ -238,6 +238,18 @@ async def test_a_version_whose_policy_is_gone_asks_nobody_any_more(store, regist
         registry.set_policies([])
         await running.until(lambda: bool(running.in_phase(Phase.SUPERSEDED)))
         await running.until(lambda: not any((store.root / "versions").iterdir()))
+
+
+@pytest.mark.parametrize("after", [(), ("small",), ("large",), ("missing",)], ids=str)
+async def test_a_withdrawal_revokes_whatever_became_of_the_policy(store, registry, arrive, small_base, after):
+    registry.set_policies([policy(base="small", quiet=0, mode="visit")])
+    arrive(small_base, "north", "south")
+    async with reconciling(store, registry) as running:
+        await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
+        registry.set_policies([policy(base=base, quiet=0, mode="visit") for base in after])
+        (taken, _) = registry.vectors()
+        registry.save(taken.model_copy(update={"spec": taken.spec.model_copy(update={"consent": Consent.WITHDRAWN})}))
+        await running.until(lambda: bool(running.in_phase(Phase.REVOKED)))
 
 
 async def test_a_job_that_is_killed_is_tried_again_and_not_counted(store, registry, arrive, large_base):
