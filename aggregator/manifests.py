@@ -43,7 +43,7 @@ def job_name(version: str, stage: Stage) -> str:
     if len(name) <= LONGEST_NAME:
         return name
     digest = hashlib.sha256(version.encode()).hexdigest()[:10]
-    return f"{version[: LONGEST_NAME - len(stage) - 12]}-{digest}-{stage}"
+    return f"{version[: LONGEST_NAME - len(stage) - 12].rstrip('.-')}-{digest}-{stage}"
 
 
 def merge_job(version: ModelVersion, stage: Stage, settings: JobSettings, defaults: JobDefaults) -> Object:

@@ -355,6 +355,9 @@ class Reconciler:
         for policy in self.registry.policies():
             if fault := faults.get(policy.name, faults.get(OBJECTS)):
                 statuses[policy.name] = policy_fault(policy, fault, now)
+            if policy.name not in statuses:  # it has come since
+                self.wake()
+                continue
             status = statuses[policy.name]
             sentences[policy.name] = status.waiting_for
             if status != policy.status:
