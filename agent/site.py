@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,7 +21,7 @@ from agent.proxy import find_proxy
 from agent.settings import AgentSettings
 from datavector.console import progress, say
 from datavector.errors import DataVectorError, Interrupted, UsageError, recreate
-from datavector.files import claim_folder, fsync, remove_leftovers
+from datavector.files import claim_folder, fsync, locked, remove_leftovers
 from datavector.model import DIGEST
 from datavector.release.checksums import SUMS, compare_sums
 
@@ -78,11 +77,8 @@ def only_agent(state: Path) -> Iterator[None]:
     Raises:
         UsageError: another one does.
     """
-    with (state / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"another agent uses the state folder {state}", remedy="stop it first") from error
+    taken = UsageError(f"another agent uses the state folder {state}", remedy="stop it first")
+    with locked(state / "lock", taken):
         remove_leftovers(state)
         yield
 

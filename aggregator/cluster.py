@@ -281,10 +281,6 @@ class Feed:
         return all(event.wait(seconds) for event in self._loaded.values())
 
     @property
-    def loaded(self) -> bool:
-        return not self.missing
-
-    @property
     def missing(self) -> list[str]:
         """The kinds that have not been listed yet, by their plural names."""
         return [kind.plural for kind, event in self._loaded.items() if not event.is_set()]

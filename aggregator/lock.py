@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
 from datavector.errors import UsageError
+from datavector.files import locked
 
 
 @contextlib.contextmanager
@@ -17,11 +17,6 @@ def alone(store: Path) -> Iterator[None]:
     Raises:
         UsageError: there is one.
     """
-    with (store / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"another aggregator uses the store {store}", remedy="stop it first, or give another store"
-            ) from error
+    taken = UsageError(f"another aggregator uses the store {store}", remedy="stop it first, or give another store")
+    with locked(store / "lock", taken):
         yield

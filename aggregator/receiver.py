@@ -20,6 +20,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from aggregator.calibration import Calibrations, batchnorm_channels
 from aggregator.gate import Behaviour, Call, Gate
 from aggregator.metrics import Metrics
+from aggregator.reconcile import newest_ready
 from aggregator.registry import Registry
 from aggregator.resources import MergePolicy, ModelVersion, Phase, last_sequence
 from aggregator.settings import Limits, ReceiverSettings
@@ -258,12 +259,7 @@ class Receiver:
 
     def _ready(self, policy: str) -> ModelVersion | None:
         """The newest Ready version of a policy."""
-        ready = [
-            version
-            for version in self.registry.versions()
-            if version.spec.policy_ref == policy and version.status.phase is Phase.READY
-        ]
-        return max(ready, key=lambda version: (version.status.ready_at, version.name), default=None)
+        return newest_ready(version for version in self.registry.versions() if version.spec.policy_ref == policy)
 
     def _only_policy(self) -> str:
         names = sorted(policy.name for policy in self.registry.policies())

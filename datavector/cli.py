@@ -301,6 +301,15 @@ def _agent_settings(config: Path | None, flags: dict[str, Any]) -> Any:
 
 # --- Aggregation site -----------------------------------------------------------------------------------------
 
+Listen = Annotated[str | None, typer.Option(help="address:port; port 0 takes a free one.")]
+ServerCertificate = Annotated[Path | None, typer.Option(help="The aggregator's certificate.")]
+ServerKey = Annotated[Path | None, typer.Option(help="Its private key.")]
+CertificateAuthority = Annotated[
+    Path | None, typer.Option(help="The authority that signed the hospitals' certificates.")
+]
+TrustDomain = Annotated[str | None, typer.Option(help="First part of every identity.")]
+MetricsPort = Annotated[int | None, typer.Option(help="Port of Prometheus metrics; 0 for none.")]
+
 
 @app.command()
 def aggregator(
@@ -308,12 +317,12 @@ def aggregator(
     store: Annotated[Path | None, typer.Option(help="Folder of everything that must survive.")] = None,
     policy: Annotated[Path | None, typer.Option(help="YAML file with MergePolicy documents.")] = None,
     base: Annotated[Path | None, typer.Option(help="Base model artifact to import.")] = None,
-    listen: Annotated[str | None, typer.Option(help="address:port; port 0 takes a free one.")] = None,
-    certificate: Annotated[Path | None, typer.Option(help="The aggregator's certificate.")] = None,
-    key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
-    ca: Annotated[Path | None, typer.Option(help="The authority that signed the hospitals' certificates.")] = None,
-    trust_domain: Annotated[str | None, typer.Option(help="First part of every identity.")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Port of Prometheus metrics; 0 for none.")] = None,
+    listen: Listen = None,
+    certificate: ServerCertificate = None,
+    key: ServerKey = None,
+    ca: CertificateAuthority = None,
+    trust_domain: TrustDomain = None,
+    metrics_port: MetricsPort = None,
 ) -> None:
     """Take vectors in, merge them as the policy says, and release the result. Needs no cluster."""
     from aggregator.main import run
@@ -332,12 +341,12 @@ def receiver(
     config: Config = None,
     store: Annotated[Path | None, typer.Option(help="Folder that it shares with the operator and its Jobs.")] = None,
     namespace: Annotated[str | None, typer.Option(help="Of the objects; the Pod's own where absent.")] = None,
-    listen: Annotated[str | None, typer.Option(help="address:port; port 0 takes a free one.")] = None,
-    certificate: Annotated[Path | None, typer.Option(help="The aggregator's certificate.")] = None,
-    key: Annotated[Path | None, typer.Option(help="Its private key.")] = None,
-    ca: Annotated[Path | None, typer.Option(help="The authority that signed the hospitals' certificates.")] = None,
-    trust_domain: Annotated[str | None, typer.Option(help="First part of every identity.")] = None,
-    metrics_port: Annotated[int | None, typer.Option(help="Port of Prometheus metrics; 0 for none.")] = None,
+    listen: Listen = None,
+    certificate: ServerCertificate = None,
+    key: ServerKey = None,
+    ca: CertificateAuthority = None,
+    trust_domain: TrustDomain = None,
+    metrics_port: MetricsPort = None,
 ) -> None:
     """In a Kubernetes cluster: talk to hospitals, and keep what they send as custom resources."""
     from aggregator.cluster_receiver import run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -65,6 +66,21 @@ def claim_folder(folder: Path, owner: str) -> None:
             remedy=f"give the {owner} a folder of its own, where it may remove files; if this is one, create {mark}",
         )
     mark.touch()
+
+
+@contextmanager
+def locked(path: Path, taken: Exception) -> Iterator[None]:
+    """Holds a lock, a file that is made at `path`, through a block; it ends with the process, however that ends.
+
+    Raises:
+        taken: somebody else holds it.
+    """
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise taken from error
+        yield
 
 
 def remove_leftovers(folder: Path, *, recursive: bool = True) -> None:
