@@ -79,11 +79,11 @@ def build(module: Module) -> Path:
         CannotBuild: Go is missing or too old, or it failed.
     """
     go = _go_version()
-    folder = _cache() / _digest(module, go)
-    with _locked(_cache() / f"{module.name}.lock"):
+    folder = cache() / _digest(module, go)
+    with locked(cache() / f"{module.name}.lock"):
         if not folder.exists():
             print(f"building {_what(module)}: up to {module.minutes} minutes, once", file=sys.stderr)
-            with tempfile.TemporaryDirectory(dir=_cache(), prefix="building-") as unfinished:
+            with tempfile.TemporaryDirectory(dir=cache(), prefix="building-") as unfinished:
                 _compile(module, Path(unfinished) / "bin")
                 (Path(unfinished) / "bin").rename(folder)
     return folder
@@ -135,14 +135,15 @@ def _digest(module: Module, go: str) -> str:
     return digest.hexdigest()
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where everything is kept from run to run."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datavector" / "cluster"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One process at a time; the lock ends with the process."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
