@@ -67,7 +67,7 @@ def table(schema: Json, values: Json, said: dict[str, str]) -> str:
     for path, part in leaves(schema):
         default = "" if "properties" in part else f"`{json.dumps(_at(values, path), ensure_ascii=False)}`"
         if said[path]:
-            meaning = said[path].replace("|", "\\|")
+            meaning = said[path].replace("|", "\\|").replace("<", "\\<")
             rows.append(f"| `{path}` | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 
