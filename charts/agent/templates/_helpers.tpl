@@ -116,9 +116,11 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   args: {{ toJson .args }}
   env:
     {{- include "agent.env" . | nindent 4 }}
-  {{- if not .device }}
+  {{- if eq .name "agent" }}
   ports:
     - {name: metrics, containerPort: 9090}
+  {{- end }}
+  {{- if not .device }}
   resources:
     {{- include "agent.resources" $root | nindent 4 }}
   {{- end }}
