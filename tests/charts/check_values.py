@@ -89,6 +89,9 @@ def expected(chart: str) -> dict[Path, str]:
         sys.exit(f"charts/{chart}: {'; '.join(problems)}")
     for path, part in leaves(schema):
         part["description"] = said[path]
+    for part in [schema, *(each for _, each in leaves(schema))]:
+        if "properties" in part:  # so that a value of null, which helm takes for absent, is refused by its name
+            part["required"] = [name for name in part["properties"] if name != "global"]
     readme = (folder / "README.md").read_text()
     before, _, rest = readme.partition(BEGIN)
     after = rest.partition(END)[2]

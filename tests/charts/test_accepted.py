@@ -73,8 +73,20 @@ def test_the_server_takes_every_object_and_every_pod_without_a_warning(
     dry_run(site, [bare(f"{name}-{at}", pod) for at, (name, pod) in enumerate(pods) if pod])
 
 
+def test_the_definitions_are_taken_and_stay_when_their_chart_is_removed(helm: Path, site: Cluster):
+    dry_run(site, render(helm, "crds", {}))
+    notes = run_helm(
+        helm, "install", "definitions", str(CHARTS / "crds"), "--take-ownership", f"--namespace={NAMESPACE}",
+        kubeconfig=site.kubeconfig,
+    )  # fmt: skip
+    assert "kubectl explain" in notes
+    run_helm(helm, "uninstall", "definitions", f"--namespace={NAMESPACE}", kubeconfig=site.kubeconfig)
+    kept = site.kubectl("get", "crd", "--output=name")
+    assert all(f"{kind}.datavector.dev" in kept for kind in ("basemodels", "datavectors", "mergepolicies"))
+
+
 def bare(name: str, template: Json) -> Json:
-    """A Pod as a workload would make it."""
+    """A Pod as a workload makes it."""
     pod = copy.deepcopy(template)
     pod["metadata"] = {**pod["metadata"], "name": name}
     pod["spec"].setdefault("restartPolicy", "Always")
