@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -17,8 +18,10 @@ from prometheus_client import generate_latest
 from aggregator.metrics import OperatorMetrics
 from tests.cluster.processes import Process
 from tests.integration.conftest import VISIT
-from tests.integration.processes import Site, free_port, policy_file, until
+from tests.integration.processes import ROOT, Site, free_port, policy_file, until
 from tests.monitoring.conftest import RULES
+
+PAGE = ROOT / "docs" / "metrics.md"
 
 
 @pytest.mark.slow
@@ -34,7 +37,8 @@ def test_prometheus_reads_aggregator_and_agent_and_evaluates_every_alert(
             result = ask(f"query?query={query}")["result"]
             return float(result[0]["value"][1]) if result else 0
 
-        until(lambda: all(value(f'up{{job="{job}"}}') for job in ports), "both to be scraped")
+        until(lambda: all(value(f'up{{job="{job}",namespace="dv"}}') for job in ports), "both to be scraped")
+        assert value("count(up)") == len(ports)
         until(lambda: value('datavector_receiver_uploads_total{outcome="committed"}'), "an upload to be counted")
         until(lambda: value('datavector_agent_uploads_total{outcome="committed"}'), "the agent to count it, too")
         assert value("datavector_receiver_received_bytes_total") == value("datavector_agent_sent_bytes_total") > 0
@@ -71,11 +75,10 @@ def start_aggregator(site: Site, metrics_port: int) -> str:
 
 @contextmanager
 def prometheus(program: str, folder: Path, ports: dict[str, int]) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """Runs a Prometheus that scrapes jobs on loopback every second; gives a function that asks its API."""
+    """Runs a Prometheus that scrapes ports of loopback every second; gives a function that asks its API."""
     folder.mkdir()
-    jobs = [{"job_name": job, "static_configs": [{"targets": [f"127.0.0.1:{port}"]}]} for job, port in ports.items()]
     every_second = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    configuration = {"global": every_second, "rule_files": [str(RULES)], "scrape_configs": jobs}
+    configuration = {"global": every_second, "rule_files": [str(RULES)], **scraping(ports)}
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
     address = f"127.0.0.1:{free_port()}"
     process = Process(
@@ -99,6 +102,38 @@ def prometheus(program: str, folder: Path, ports: dict[str, int]) -> Iterator[Ca
         yield ask
     finally:
         process.end()
+
+
+def scraping(ports: dict[str, int]) -> dict[str, Any]:
+    """The page's configuration, but with targets labelled as Kubernetes' discovery does it: Debian's build has none."""
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    configuration: dict[str, Any] = yaml.safe_load(shown)
+    (job,) = configuration["scrape_configs"]
+    assert job.pop("kubernetes_sd_configs") == [{"role": "pod"}]
+    job["static_configs"] = [
+        target(ports["datavector-receiver"], name="datavector-receiver"),
+        target(ports["datavector-agent"], name="datavector-agent"),
+        target(1, name="datavector-agent", pod_phase="Succeeded"),
+        target(2, name="datavector-receiver", pod_container_port_name="exchange"),
+        target(3, name="somebody-else"),
+    ]
+    return configuration
+
+
+def target(port: int, *, name: str, **changes: str) -> dict[str, Any]:
+    """A port of a Pod, as Kubernetes' discovery labels it."""
+    labels = {
+        "pod_label_app_kubernetes_io_name": name,
+        "pod_container_port_name": "metrics",
+        "pod_phase": "Running",
+        "pod_name": f"{name}-0",
+        "namespace": "dv",
+        **changes,
+    }
+    return {
+        "targets": [f"127.0.0.1:{port}"],
+        "labels": {f"__meta_kubernetes_{label}": value for label, value in labels.items()},
+    }
 
 
 def rules(ask: Callable[[str], dict[str, Any]]) -> list[dict[str, Any]]:
