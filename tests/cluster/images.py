@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.build import CannotBuild, cache, locked
-from tests.cluster.node import Node
+from tests.cluster.node import Node, containerd_blobs
 
 PROJECT = Path(__file__).parents[2]
 BASE = "docker.io/library/python:3.11-slim-bookworm"
@@ -77,11 +77,17 @@ def load_into_node(node: Node, images: Sequence[Image] = IMAGES) -> None:
     wanted = [tag for tag, digest in built.items() if tag not in there or known.get(tag) != digest]
     if wanted:
         with tempfile.TemporaryDirectory(dir=cache(), prefix="images-") as folder:
+            layout = Path(folder) / "layout"
+            blobs = layout / "blobs" / "sha256"
+            blobs.mkdir(parents=True)
+            known_blobs = list(containerd_blobs().glob("*"))
+            for blob in known_blobs:  # so that no layer is written again that the node has
+                (blobs / blob.name).hardlink_to(blob)
             for tag in wanted:
-                _run("buildah", "push", "--quiet", "--disable-compression", tag, f"oci:{folder}/layout:{tag}")
-            _run("tar", "-C", f"{folder}/layout", "-cf", f"{folder}/images.tar", ".")
-            shutil.rmtree(f"{folder}/layout")
-            node.import_images(Path(folder) / "images.tar")
+                _run("buildah", "push", "--quiet", "--disable-compression", tag, f"oci:{layout}:{tag}")
+            for blob in known_blobs:
+                (blobs / blob.name).unlink()
+            node.import_images(layout)
     record.write_text(json.dumps(built))
 
 
@@ -90,11 +96,10 @@ def load_into_kind(name: str, images: Sequence[Image] = IMAGES) -> None:
     _run("kind", "load", "docker-image", "--name", name, *(image.tag for image in images))
 
 
-def size(image: Image) -> int:
-    """Bytes of an image's layers, uncompressed."""
-    if docker_runs():
-        return int(_run("docker", "image", "inspect", "--format", "{{.Size}}", image.tag))
-    return int(json.loads(_run("buildah", "images", "--json", image.tag))[0]["size"])
+def size(image: Image) -> str:
+    """Of an image's layers, uncompressed, for a person."""
+    program = "docker" if docker_runs() else "buildah"
+    return _run(program, "images", "--format", "{{.Size}}", image.tag).strip()
 
 
 # --- Builders

@@ -18,6 +18,7 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from tests.cluster.build import CannotBuild, cache
 from tests.cluster.control_plane import POLL_SECONDS, SECONDS_TO_START, ControlPlane, ControlPlaneFailed
@@ -30,6 +31,8 @@ SOCKET = RUN / "containerd.sock"
 BRIDGE, GATEWAY, PODS = "dv-pods", "10.244.0.1", "10.244.0.0/24"
 PAUSE = "localhost/pause:1"
 NAME = "node"
+
+_CTR = ("--address", str(SOCKET), "--namespace", "k8s.io")
 
 _KUBELET = """
 apiVersion: kubelet.config.k8s.io/v1beta1
@@ -129,9 +132,10 @@ class Node(ControlPlane):
     def controller_flags(self) -> tuple[str, ...]:
         return ("--enable-hostpath-provisioner",)
 
-    def import_images(self, archive: Path) -> None:
-        """Brings the images of an OCI archive to the node."""
-        self.ctr("images", "import", str(archive))
+    def import_images(self, layout: Path) -> None:
+        """Brings the images of an OCI layout to the node; blobs that the node has may be absent."""
+        with subprocess.Popen(["tar", "-C", str(layout), "-c", "."], stdout=subprocess.PIPE) as archive:
+            _command("ctr", *_CTR, "images", "import", "-", stdin=archive.stdout)
 
     def ctr(self, *args: str) -> str:
         """Runs containerd's own client on the node's containers; what it printed."""
@@ -229,12 +233,17 @@ class Node(ControlPlane):
     def _import_pause(self) -> None:
         archive = RUN / "pause.tar"
         archive.write_bytes(_pause_image())
-        self.import_images(archive)
+        self.ctr("images", "import", str(archive))
 
 
 def containerd_root() -> Path:
     """Where images are kept from run to run."""
     return cache() / "containerd"
+
+
+def containerd_blobs() -> Path:
+    """Where containerd keeps the images' layers, each by its SHA-256."""
+    return containerd_root() / "io.containerd.content.v1.content" / "blobs" / "sha256"
 
 
 def remove_leftovers() -> None:
@@ -285,12 +294,12 @@ def _answers() -> bool:
 
 
 def _ctr(*args: str, check: bool = True) -> str:
-    return _command("ctr", "--address", str(SOCKET), "--namespace", "k8s.io", *args, check=check)
+    return _command("ctr", *_CTR, *args, check=check)
 
 
-def _command(*args: str, check: bool = True) -> str:
+def _command(*args: str, check: bool = True, stdin: IO[bytes] | None = None) -> str:
     """Raises ControlPlaneFailed, with what it printed, if it fails and `check` is set."""
-    done = subprocess.run(args, capture_output=True, text=True)
+    done = subprocess.run(args, stdin=stdin, capture_output=True, text=True)
     if check and done.returncode:
         raise ControlPlaneFailed(f"{' '.join(args)}: {done.stderr.strip()}")
     return done.stdout

@@ -13,7 +13,9 @@ LINES_OF_LOG = 20
 class Process:
     """A program in its own session, whose output goes to a file."""
 
-    def __init__(self, command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None, umask: int = -1
+    ) -> None:
         self.log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -23,6 +25,7 @@ class Process:
                 stderr=output,
                 start_new_session=True,
                 env=environment,
+                umask=umask,
             )
 
     @property
