@@ -23,14 +23,14 @@ from aggregator.metrics import Metrics
 from aggregator.reconcile import newest_ready
 from aggregator.registry import Registry
 from aggregator.resources import MergePolicy, ModelVersion, Phase, last_sequence
+from aggregator.server_keys import ServerKeys
 from aggregator.settings import Limits, ReceiverSettings
 from aggregator.store import Store, find_bases
 from aggregator.uploads import Arrival, Uploads
-from datavector.errors import BaseModelError, CertificateError, NotFound, NotReady, ProtocolError, UsageError
+from datavector.errors import BaseModelError, NotFound, NotReady, ProtocolError, UsageError
 from datavector.files import sha256_file
 from datavector.merge.batchnorm import Moments
 from datavector.model import DIGEST, FILES, BaseModel
-from datavector.wire.certs import check_certificate
 from datavector.wire.chunks import CHUNK, MAX_MESSAGE, read_request
 from datavector.wire.moments import from_message, to_message
 from datavector.wire.v1 import exchange_pb2
@@ -108,6 +108,7 @@ class Receiver:
         )
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
+        self._watching: list[asyncio.Task[None]] = []
 
     async def start(self) -> str:
         """Begins to listen.
@@ -120,41 +121,29 @@ class Receiver:
             UsageError: the address cannot be listened on.
         """
         tls, listen = self.settings.tls, self.settings.listen
-        report = check_certificate(tls.certificate, tls.key, tls.ca)
-        if report.hospital is not None:
-            raise CertificateError(
-                f"{tls.certificate} is the certificate of hospital {report.hospital!r}",
-                remedy="use the one for the aggregator that `datavector certs init` makes",
-            )
-        if report.identity.trust_domain != tls.trust_domain:
-            raise CertificateError(
-                f"{tls.certificate} is of the trust domain {report.identity.trust_domain!r}, "
-                f"tls.trust_domain is {tls.trust_domain!r}",
-                remedy="set tls.trust_domain to the certificates' (--trust-domain)",
-            )
+        keys = ServerKeys(tls)
+        self.metrics.certificate_expiry.set_function(keys.expiry)
         self._bases = {base.digest: base for base in await asyncio.to_thread(self.store.bases)}
         limits = self.settings.limits
         self._server = grpc.aio.server(options=_options(limits), maximum_concurrent_rpcs=limits.calls)
         self._server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        credentials = grpc.ssl_server_credentials(
-            [(tls.key.read_bytes(), tls.certificate.read_bytes())],
-            root_certificates=tls.ca.read_bytes(),
-            require_client_auth=True,
-        )
         try:
-            self.port = self._server.add_secure_port(listen, credentials)
+            self.port = self._server.add_secure_port(listen, keys.credentials())
         except RuntimeError as error:
             raise UsageError(
                 f"{listen} cannot be listened on", remedy="give address:port, such as 0.0.0.0:8443, with a free port"
             ) from error
         await self._server.start()
+        self._watching = [asyncio.create_task(keys.watch(), name="watch the certificate")]
         for name in ("", SERVICE.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return f"{listen.rpartition(':')[0]}:{self.port}"
 
     async def stop(self, grace: float | None = 5) -> None:
         """Takes no new calls, gives running ones `grace` seconds, and finishes commits."""
+        for task in self._watching:
+            task.cancel()
         await self._health.enter_graceful_shutdown()
         if self._server:
             await self._server.stop(grace)
