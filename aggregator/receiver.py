@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from aggregator.calibration import Calibrations, batchnorm_channels
+from aggregator.deny_list import DenyList
 from aggregator.gate import Behaviour, Call, Gate
 from aggregator.metrics import Metrics
 from aggregator.reconcile import newest_ready
@@ -69,6 +70,7 @@ class Receiver:
 
     Args:
         wake: called after every commit, withdrawal, finished visit and meeting.
+        deny_lists: beside the file of the settings.
 
     Attributes:
         port: the port, once started.
@@ -81,6 +83,7 @@ class Receiver:
         settings: ReceiverSettings,
         wake: Callable[[], None],
         metrics: Metrics | None = None,
+        deny_lists: Iterable[DenyList] = (),
     ) -> None:
         self.store = store
         self.registry = registry
@@ -88,6 +91,7 @@ class Receiver:
         self.metrics = metrics or Metrics()
         self.port = 0
         self._wake = wake
+        self._gate = Gate(settings.tls, settings.limits, self.metrics, deny_lists)
         self._bases: dict[str, BaseModel] = {}
         limits = settings.limits
         self._uploads = Uploads(
@@ -135,7 +139,10 @@ class Receiver:
                 f"{listen} cannot be listened on", remedy="give address:port, such as 0.0.0.0:8443, with a free port"
             ) from error
         await self._server.start()
-        self._watching = [asyncio.create_task(keys.watch(), name="watch the certificate")]
+        self._watching = [
+            asyncio.create_task(keys.watch(), name="watch the certificate"),
+            asyncio.create_task(self._gate.watch(), name="end the calls of those who are denied"),
+        ]
         for name in ("", SERVICE.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return f"{listen.rpartition(':')[0]}:{self.port}"
@@ -151,7 +158,6 @@ class Receiver:
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         """Every method of the service with its behaviour behind the gate."""
-        gate = Gate(self.settings.tls, self.settings.limits, self.metrics)
         behaviours: dict[str, Behaviour] = {
             "Describe": self._describe,
             "Fetch": self._fetch,
@@ -166,7 +172,7 @@ class Receiver:
         }
         return grpc.method_handlers_generic_handler(
             SERVICE.full_name,
-            {name: _handler(SERVICE.methods_by_name[name], gate(name, run)) for name, run in behaviours.items()},
+            {name: _handler(SERVICE.methods_by_name[name], self._gate(name, run)) for name, run in behaviours.items()},
         )
 
     # --- Base models, releases, files
