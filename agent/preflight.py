@@ -61,11 +61,12 @@ class Preflight:
 
 
 def certificate(settings: AgentSettings) -> str:
-    """The certificate is valid, of the authority, and speaks for this hospital."""
+    """The certificate is valid, of the authority, and speaks for this hospital, or for any if none is named."""
     tls = settings.tls
     report = check_certificate(tls.certificate, tls.key, tls.ca)
-    if report.hospital != settings.hospital:
-        raise WrongHospital(certificate=report.hospital or "the aggregator", claimed=settings.hospital)
+    if report.hospital is None or settings.hospital not in (None, report.hospital):
+        claimed = settings.hospital or "a hospital"
+        raise WrongHospital(certificate=report.hospital or "the aggregator", claimed=claimed)
     days = report.days_left()
     return f"speaks for {report.hospital}, valid for {days} days{'; renew it soon' * (days < WARN_DAYS)}"
 
@@ -130,8 +131,8 @@ def aggregator(settings: AgentSettings, client: Client) -> tuple[PolicyInfo, str
         WrongHospital: the aggregator takes the certificate for another hospital.
     """
     reply = client.describe()
-    if reply.hospital != settings.hospital:
-        raise WrongHospital(certificate=reply.hospital, claimed=settings.hospital)
+    if reply.hospital != client.hospital:
+        raise WrongHospital(certificate=reply.hospital, claimed=client.hospital)
     found = [policy for policy in reply.policies if settings.policy in (None, policy.name)]
     if len(found) != 1:
         names = ", ".join(policy.name for policy in reply.policies) or "none"

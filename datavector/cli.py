@@ -183,7 +183,9 @@ def _server_names(given: list[str] | None) -> list[str]:
 
 # --- Hospital -------------------------------------------------------------------------------------------------
 
-Hospital = Annotated[str | None, typer.Option("--hospital", help="Name of this hospital.")]
+Hospital = Annotated[
+    str | None, typer.Option("--hospital", help="Name of this hospital; the certificate's where absent.")
+]
 Aggregator = Annotated[str | None, typer.Option("--aggregator", help="host:port of the aggregator.")]
 State = Annotated[Path | None, typer.Option("--state", help="Folder that survives restarts.")]
 Certificate = Annotated[Path | None, typer.Option("--certificate", help="The hospital's certificate.")]
