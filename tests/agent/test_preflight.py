@@ -9,7 +9,7 @@ import pytest
 
 from agent import preflight
 from agent.settings import AgentSettings, Tls
-from datavector.errors import DiskFull, UsageError, WrongHospital
+from datavector.errors import CertificateError, DiskFull, UsageError, WrongHospital
 from tests.agent.conftest import CLASSES, settings_of
 
 
@@ -89,3 +89,12 @@ def test_the_aggregators_certificate_is_no_hospitals(authority, tmp_path):
     tls = Tls(certificate=authority / "aggregator.crt", key=authority / "aggregator.key", ca=authority / "ca.crt")
     with pytest.raises(WrongHospital, match="speaks for 'the aggregator', but the call is for 'a hospital'"):
         preflight.certificate(AgentSettings(aggregator="localhost:1", tls=tls, state=tmp_path))
+
+
+def test_a_check_that_fails_names_the_settings_it_is_about(tmp_path):
+    lines: list[str] = []
+    checks = preflight.Preflight(lines.append)
+    checks.check("certificate", lambda: preflight.certificate(settings_of(tmp_path)))
+    assert lines[0].startswith("FAIL  certificate  ")
+    with pytest.raises(CertificateError, match=r"tls\.certificate, tls\.key, tls\.ca"):
+        checks.demand()
