@@ -39,9 +39,10 @@ from datavector.errors import (
 )
 from datavector.files import disk_full_at, fsync, sha256_file
 from datavector.merge.batchnorm import Moments
-from datavector.wire.certs import Identity, check_certificate
+from datavector.wire.certs import CertificateReport, Identity
 from datavector.wire.chunks import MAX_MESSAGE
 from datavector.wire.moments import from_message, to_message
+from datavector.wire.renewal import Renewable
 from datavector.wire.status import read_error
 from datavector.wire.v1.exchange_pb2 import (
     BeginUploadReply,
@@ -104,6 +105,9 @@ class Credentials:
 class Client:
     """A hospital's connection to an aggregator. Calls are made from one thread; `interrupt` from any.
 
+    The files of its certificate are looked at before every call, and renewed ones count at once. Those that cannot be
+    used are logged, and those before them go on.
+
     Args:
         address: host:port.
         hospital: if given, the certificate must be this hospital's.
@@ -135,10 +139,9 @@ class Client:
         self.address = address
         self.credentials = credentials
         self.ledger = ledger
-        self.report = check_certificate(credentials.certificate, credentials.key, credentials.ca)
-        if self.report.hospital is None or hospital not in (None, self.report.hospital):
-            raise WrongHospital(certificate=self.report.hospital or "the aggregator", claimed=hospital or "a hospital")
-        self.hospital = self.report.hospital
+        self._expected = hospital
+        self._files = Renewable(credentials.certificate, credentials.key, credentials.ca, self._demand_own)
+        self.hospital = self._expected = self.report.hospital or ""
         self._on_waiting = on_waiting or (lambda _: None)
         self._patience = patience_seconds
         self._proxy = proxy
@@ -154,6 +157,15 @@ class Client:
         self._stopping = threading.Event()
         self._answered = False
         self._server = ""
+
+    @property
+    def report(self) -> CertificateReport:
+        """Of the certificate in use."""
+        return self._files.current.report
+
+    def expiry(self) -> float:
+        """When that certificate expires, in Unix time."""
+        return self.report.not_after.timestamp()
 
     # --- What agents ask
 
@@ -415,6 +427,7 @@ class Client:
         Raises:
             CertificateError: it is anyone else's.
         """
+        self._renew()
         if not self._server:
             names = self.patiently(self._handshake)
             expected = Identity(self.report.identity.trust_domain, None).uri
@@ -444,13 +457,23 @@ class Client:
         return ExchangeStub(self._connected())  # type: ignore[no-untyped-call]
 
     def _connected(self) -> grpc.Channel:
+        self._renew()
         if self._channel is None:
-            certificate, key, ca = (
-                path.read_bytes() for path in (self.credentials.certificate, self.credentials.key, self.credentials.ca)
-            )
-            credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+            current = self._files.current
+            credentials = grpc.ssl_channel_credentials(current.ca, current.key, current.certificate)
             self._channel = grpc.secure_channel(self.address, credentials, options=self._options)
         return self._channel
+
+    def _renew(self) -> None:
+        """Drops the channel where the files of mutual TLS were renewed; not under a call that is running."""
+        if not self._active and self._files.renew():
+            self._disconnect()
+            self._server = ""
+
+    def _demand_own(self, report: CertificateReport) -> None:
+        if report.hospital is None or self._expected not in (None, report.hospital):
+            claimed = self._expected or "a hospital"
+            raise WrongHospital(certificate=report.hospital or "the aggregator", claimed=claimed)
 
     def _disconnect(self) -> None:
         """Drops the channel: the next call dials at once, without the channel's own pause."""

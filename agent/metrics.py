@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
+from datavector.monitoring import certificate_expiry
+
 
 class Metrics:
     """Names follow https://prometheus.io/docs/practices/naming/: base units, `_total` for counters."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.certificate_expiry = certificate_expiry(self.registry)
         self.epoch = Gauge("datavector_agent_epoch", "Epochs finished of this run.", registry=self.registry)
         self.loss = Gauge("datavector_agent_loss", "Mean training loss of the last epoch.", registry=self.registry)
         self.validation = Gauge(

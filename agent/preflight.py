@@ -13,7 +13,15 @@ from agent.settings import AgentSettings
 from agent.site import AGENT
 from datavector.checks import check_records
 from datavector.data.records import Record, assign_splits, read_records
-from datavector.errors import BaseModelError, DataVectorError, DiskFull, ProtocolError, UsageError, WrongHospital
+from datavector.errors import (
+    BaseModelError,
+    DataVectorError,
+    DiskFull,
+    Interrupted,
+    ProtocolError,
+    UsageError,
+    WrongHospital,
+)
 from datavector.files import claim_folder, fsync
 from datavector.model import DIGEST, FILES, BaseModel
 from datavector.wire.certs import check_certificate
@@ -25,11 +33,19 @@ IMAGES = "images"  # decoded ones, in the state folder
 WARN_DAYS = 30
 
 
+SETTINGS = {  # that a failed check is about
+    "certificate": "tls.certificate, tls.key, tls.ca",
+    "state": "state",
+    "aggregator": "aggregator",
+    "disk": "state",
+    "data": "data.path",
+}
+
 Found = TypeVar("Found")
 
 
 class Preflight:
-    """Runs checks, shows each as a line, and remembers the first error."""
+    """Runs checks, shows each as a line, and remembers the first error. It names the settings that it is about."""
 
     def __init__(self, show: Callable[[str], None]) -> None:
         self._show = show
@@ -48,6 +64,8 @@ class Preflight:
         try:
             found, detail = work()
         except DataVectorError as error:
+            if name in SETTINGS and not isinstance(error, Interrupted):
+                error.remedy += f" (set by: {SETTINGS[name]})"
             self.error = self.error or error
             self._show(f"FAIL  {name:<12} {error}")
             return None
@@ -61,11 +79,12 @@ class Preflight:
 
 
 def certificate(settings: AgentSettings) -> str:
-    """The certificate is valid, of the authority, and speaks for this hospital."""
+    """The certificate is valid, of the authority, and speaks for this hospital, or for any if none is named."""
     tls = settings.tls
     report = check_certificate(tls.certificate, tls.key, tls.ca)
-    if report.hospital != settings.hospital:
-        raise WrongHospital(certificate=report.hospital or "the aggregator", claimed=settings.hospital)
+    if report.hospital is None or settings.hospital not in (None, report.hospital):
+        claimed = settings.hospital or "a hospital"
+        raise WrongHospital(certificate=report.hospital or "the aggregator", claimed=claimed)
     days = report.days_left()
     return f"speaks for {report.hospital}, valid for {days} days{'; renew it soon' * (days < WARN_DAYS)}"
 
@@ -80,7 +99,8 @@ def device(settings: AgentSettings) -> str:
     if settings.training.device == "cuda":
         raise UsageError(
             "training.device is cuda, but no GPU is visible",
-            remedy="give the container a GPU (docker run --gpus all), or set training.device = 'auto'",
+            remedy="give the container a GPU (docker run --gpus all; in a Pod the resource nvidia.com/gpu), "
+            "or set training.device = 'auto'",
         )
     return f"CPU, {os.cpu_count()} cores"
 
@@ -130,8 +150,8 @@ def aggregator(settings: AgentSettings, client: Client) -> tuple[PolicyInfo, str
         WrongHospital: the aggregator takes the certificate for another hospital.
     """
     reply = client.describe()
-    if reply.hospital != settings.hospital:
-        raise WrongHospital(certificate=reply.hospital, claimed=settings.hospital)
+    if reply.hospital != client.hospital:
+        raise WrongHospital(certificate=reply.hospital, claimed=client.hospital)
     found = [policy for policy in reply.policies if settings.policy in (None, policy.name)]
     if len(found) != 1:
         names = ", ".join(policy.name for policy in reply.policies) or "none"

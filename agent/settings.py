@@ -73,7 +73,7 @@ class AgentSettings(Section):
     """Everything the agent needs to know.
 
     Attributes:
-        hospital: its name, which must be the certificate's.
+        hospital: its name, which must be the certificate's; the certificate's, whoever that is, where absent.
         aggregator: host:port.
         data: needed for training and for tasks, not for withdraw, fetch or the ledger.
         state: folder for the base model, checkpoints, the vector and the ledger; survives restarts.
@@ -82,8 +82,10 @@ class AgentSettings(Section):
         metrics_port: of Prometheus metrics; 0 serves none.
     """
 
-    hospital: str = Field(
-        pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$", description="lower-case letters, digits and hyphens"
+    hospital: str | None = Field(
+        default=None,
+        pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
+        description="lower-case letters, digits and hyphens",
     )
     aggregator: str = Field(
         pattern=rf"^({_LABEL}(\.{_LABEL})*\.?|\[[0-9a-fA-F:.]+\]):({_PORT})$",

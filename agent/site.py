@@ -55,6 +55,7 @@ def open_site(settings: AgentSettings, *, patience_seconds: float | None = None)
         say(sentence)
 
     client = connect(settings, patience_seconds=patience_seconds, on_waiting=wait)
+    metrics.certificate_expiry.set_function(client.expiry)
     site = Site(settings, client, metrics)
 
     def stop(_number: int, _frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -289,22 +290,13 @@ class Feed:
         self._stopping.set()
 
     def _follow(self, kind: type[Resource]) -> None:
-        pause, said = FIRST_PAUSE, set[str]()
-        while not self._stopping.is_set():
-            try:
-                resource_version = self._cache.load(self._api, kind)
-                self._loaded[kind].set()
-                self._changed()
-                if said:
-                    log.info("%s can be read again", kind.plural)
-                pause, said = FIRST_PAUSE, set()
-                with contextlib.suppress(ObjectMissing):  # the version is too old, or the kind is gone: list again
-                    while not self._stopping.is_set():
-                        resource_version = self._watch(kind, resource_version)
-            except Exception as error:  # a thread that ended would leave the cache as it is for ever
-                said = {complain(error, said)}
-            self._stopping.wait(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
+        follow(kind.plural, partial(self._load, kind), partial(self._watch, kind), self._stopping)
+
+    def _load(self, kind: type[Resource]) -> str:
+        resource_version = self._cache.load(self._api, kind)
+        self._loaded[kind].set()
+        self._changed()
+        return resource_version
 
     def _watch(self, kind: type[Resource], resource_version: str) -> str:
         for event, content in self._api.watch(Kind.of(kind), resource_version):
@@ -312,6 +304,29 @@ class Feed:
             resource_version = content["metadata"]["resourceVersion"]
             self._changed()
         return resource_version
+
+
+def follow(what: str, load: Callable[[], str], watch: Callable[[str], str], stopping: threading.Event) -> None:
+    """Lists something and watches it until told to stop; an outage is waited out, and all is listed again after it.
+
+    Args:
+        load: lists; returns the resource version from which a watch goes on.
+        watch: takes that; returns the one from which the next goes on.
+    """
+    pause, said = FIRST_PAUSE, set[str]()
+    while not stopping.is_set():
+        try:
+            resource_version = load()
+            if said:
+                log.info("%s can be read again", what)
+            pause, said = FIRST_PAUSE, set()
+            with contextlib.suppress(ObjectMissing):  # the version is too old, or the kind is gone: list again
+                while not stopping.is_set():
+                    resource_version = watch(resource_version)
+        except Exception as error:  # a thread that ended would leave what is known as it is for ever
+            said = {complain(error, said)}
+        stopping.wait(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
 
 
 def complain(error: Exception, said: Collection[str]) -> str:

@@ -6,8 +6,10 @@ import asyncio
 import contextlib
 import logging
 import signal
+from collections.abc import Sequence
 
 from aggregator.cluster import Cache, Feed
+from aggregator.deny_map import DenyMap
 from aggregator.kube import Api
 from aggregator.lock import alone
 from aggregator.metrics import Metrics
@@ -25,7 +27,7 @@ COUNT_SECONDS = 1.0  # between two counts of the objects, for metrics
 
 
 def run(settings: ClusterReceiverSettings) -> None:
-    """Serves until SIGTERM or SIGINT. It listens once every kind of objects has been listed.
+    """Serves until SIGTERM or SIGINT. It listens once every kind of objects, and the deny list, has been read.
 
     Raises:
         ConfigError: there is no way to an API server.
@@ -56,20 +58,25 @@ async def _serve(settings: ClusterReceiverSettings, api: Api, store: Store) -> N
     cache, metrics = Cache(), Metrics()
     registry = OutboxRegistry(api, cache, store.root / "outbox")
     feed = Feed(api, cache, KINDS, notice)
-    receiver = Receiver(store, registry, settings, changed.set, metrics)
+    name = settings.deny_list_config_map
+    deny_maps = [DenyMap(api, name, notice)] if name else []
+    receiver = Receiver(store, registry, settings, changed.set, metrics, deny_maps)
     metrics.outbox.set_function(lambda: len(registry.waiting()))
     if settings.metrics_port:
         serve_metrics(metrics.registry, settings.metrics_port)
 
+    followers: list[Feed | DenyMap] = [feed, *deny_maps]
+
     async def work() -> None:
-        await _until_listed(feed, changed, api)
+        await _until_listed(followers, changed, api)
         address = await receiver.start()
         say(f"listening on {address} (mutual TLS 1.3, trust domain {settings.tls.trust_domain})")
         await _keep_counting(registry, changed, metrics)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    feed.start()
+    for follower in followers:
+        follower.start()
     registry.start()
     working = asyncio.create_task(work(), name="listen, then count")
     stopping = asyncio.create_task(stop.wait(), name="wait for a signal")
@@ -82,15 +89,16 @@ async def _serve(settings: ClusterReceiverSettings, api: Api, store: Store) -> N
         say("stopped; starting again goes on from here")
     finally:
         await receiver.stop(STOP_SECONDS)
-        feed.stop()
+        for follower in followers:
+            follower.stop()
         registry.stop()
 
 
-async def _until_listed(feed: Feed, changed: asyncio.Event, api: Api) -> None:
-    """Waits until every kind of objects has been listed once, and says now and then which are missing."""
+async def _until_listed(followers: Sequence[Feed | DenyMap], changed: asyncio.Event, api: Api) -> None:
+    """Waits until all that is followed has been listed once, and says now and then what is missing."""
     loop, waits = asyncio.get_running_loop(), f"waiting for the Kubernetes API at {api.server} to list"
     line_at = loop.time() + 1
-    while missing := feed.missing:
+    while missing := [each for follower in followers for each in follower.missing]:
         try:
             async with asyncio.timeout_at(line_at):
                 await changed.wait()

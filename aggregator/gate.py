@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import sqlite3
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from aggregator.deny_list import DenyFile, DenyList
 from aggregator.metrics import Metrics
 from aggregator.resources import utc_now
 from aggregator.settings import Limits, Tls
@@ -31,6 +31,8 @@ from datavector.wire.certs import CertificateReport, read_report
 from datavector.wire.status import status_code, trailers
 
 log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0  # between looks at whose running calls must end
 
 Behaviour = Callable[[Any, "Call"], Awaitable[Any]]
 
@@ -81,13 +83,15 @@ class Gate:
     """Wraps behaviours `(request, call) -> reply` for gRPC.
 
     Every call must come over TLS 1.3, with a certificate of the trust domain that is valid now, names a hospital, and
-    is not on the deny list; a hospital has only so many calls at once. Errors for people leave with message and remedy;
+    is on no deny list; a hospital has only so many calls at once. While `watch` runs, a call ends within seconds of its
+    hospital's denial. Errors for people leave with message and remedy;
     any other is logged and leaves as INTERNAL without its text.
     """
 
-    def __init__(self, tls: Tls, limits: Limits, metrics: Metrics) -> None:
+    def __init__(self, tls: Tls, limits: Limits, metrics: Metrics, deny_lists: Iterable[DenyList] = ()) -> None:
         self._trust_domain = tls.trust_domain
-        self._deny_list = DenyList(tls.deny_list)
+        self._deny_lists = [*deny_lists, *([DenyFile(tls.deny_list)] if tls.deny_list else [])]
+        self._ends: dict[asyncio.Timeout, CertificateReport] = {}  # of running calls
         self._limits = limits
         self._metrics = metrics
         self._running: Counter[str] = Counter()
@@ -96,8 +100,10 @@ class Gate:
         async def guarded(request: Any, context: grpc.aio.ServicerContext) -> Any:
             with self._metrics.running_calls.labels(method).track_inprogress():
                 try:
-                    with self._counted(self._admit(context.auth_context())) as hospital:
-                        return await behaviour(request, Call(hospital, context, self._limits.idle_timeout_seconds))
+                    peer, hospital = self._admit(context.auth_context())
+                    with self._counted(hospital):
+                        call = Call(hospital, context, self._limits.idle_timeout_seconds)
+                        return await self._until_denied(peer, behaviour(request, call))
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:
@@ -105,8 +111,36 @@ class Gate:
 
         return guarded
 
-    def _admit(self, session: dict[str, list[bytes]]) -> str:
-        """The hospital at the other end of a TLS session."""
+    async def watch(self) -> None:
+        """Keeps ending the running calls of those who have been denied since they began."""
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            denied = {peer for peer in set(self._ends.values()) if self._is_denied(peer)}
+            for end, peer in self._ends.items():
+                if peer in denied:
+                    end.reschedule(0)
+
+    async def _until_denied(self, peer: CertificateReport, behaviour: Awaitable[Any]) -> Any:
+        try:
+            async with asyncio.timeout(None) as end:
+                self._ends[end] = peer
+                try:
+                    return await behaviour
+                finally:
+                    del self._ends[end]
+        except TimeoutError:
+            if end.expired():
+                raise _denied(peer) from None
+            raise
+
+    def _is_denied(self, peer: CertificateReport) -> bool:
+        try:
+            return any(deny_list.names(peer) for deny_list in self._deny_lists)
+        except Denied:
+            return True
+
+    def _admit(self, session: dict[str, list[bytes]]) -> tuple[CertificateReport, str]:
+        """The certificate at the other end of a TLS session, and its hospital."""
         if session.get("ssl_tls_version") != [b"TLSv1.3"]:
             version = b"".join(session.get("ssl_tls_version", [b"an unknown version"])).decode()
             raise CertificateError(f"this connection uses {version}", remedy="connect with TLS 1.3")
@@ -121,9 +155,9 @@ class Gate:
             raise CertificateError("this certificate has expired", remedy="ask the aggregation site for a new one")
         if peer.hospital is None:
             raise CertificateError("this certificate is the aggregator's own", remedy="use a hospital's certificate")
-        if self._deny_list.names(peer):
-            raise Denied(f"{peer.hospital!r} or its certificate is on the deny list", remedy="ask the aggregation site")
-        return peer.hospital
+        if any(deny_list.names(peer) for deny_list in self._deny_lists):
+            raise _denied(peer)
+        return peer, peer.hospital
 
     @contextmanager
     def _counted(self, hospital: str) -> Iterator[str]:
@@ -142,6 +176,10 @@ class Gate:
         await context.abort(status_code(outward), str(outward), trailers(outward))
 
 
+def _denied(peer: CertificateReport) -> Denied:
+    return Denied(f"{peer.hospital!r} or its certificate is on the deny list", remedy="ask the aggregation site")
+
+
 def _outward(method: str, error: Exception) -> DataVectorError:
     """What the caller is told: nothing about this machine."""
     if isinstance(error, DiskFull):
@@ -156,49 +194,6 @@ def _outward(method: str, error: Exception) -> DataVectorError:
     log.error("%s failed", method, exc_info=error)
     kind = TryAgain if isinstance(error, TryAgain) else InternalError
     return kind("the aggregator failed on this call", remedy="tell the aggregation site; its log has the cause")
-
-
-class DenyList:
-    """Hospital names or SHA-256 certificate fingerprints, one a line; `#` begins a comment. Re-read when it changes.
-
-    A deny list that cannot be read denies everybody: a lost mount must not let anyone back in.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self._state: tuple[int, int, int] | None = None
-        self._entries: frozenset[str] = frozenset()
-
-    def names(self, peer: CertificateReport) -> bool:
-        """Whether the list holds a hospital or its certificate.
-
-        Raises:
-            Denied: the list cannot be read.
-        """
-        if self._path is None:
-            return False
-        try:
-            status = self._path.stat()
-            state = (status.st_mtime_ns, status.st_size, status.st_ino)
-            if state != self._state:
-                self._entries = _entries(self._path.read_text())
-                self._state = state
-        except (OSError, ValueError) as error:
-            log.error("the deny list %s cannot be read: %s", self._path, error)
-            raise Denied("the aggregator cannot tell whom to deny", remedy="ask the aggregation site") from error
-        return bool(self._entries & {peer.hospital, peer.fingerprint})
-
-
-_ENTRY = re.compile(r"[0-9a-f]{64}|[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
-
-
-def _entries(text: str) -> frozenset[str]:
-    lines = (line.partition("#")[0].strip().lower() for line in text.splitlines())
-    entries = frozenset(line.removeprefix("sha256:").replace(":", "") for line in lines if line)
-    for entry in entries:
-        if not _ENTRY.fullmatch(entry):
-            log.error("the deny list names %r, which is neither a hospital nor 64 hexadecimal digits", entry[:80])
-    return entries
 
 
 @lru_cache(maxsize=1024)

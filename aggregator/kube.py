@@ -54,6 +54,7 @@ class Kind:
 JOBS = Kind("apis/batch/v1", "jobs")
 PODS = Kind("api/v1", "pods")
 EVENTS = Kind("api/v1", "events")
+CONFIG_MAPS = Kind("api/v1", "configmaps")
 
 
 class Api:
@@ -74,7 +75,7 @@ class Api:
         """
         configuration = _configuration()
         configuration.retries = False
-        configuration.connection_pool_maxsize = 2 * QUEUED + 4  # a watch of each kind keeps one
+        configuration.connection_pool_maxsize = 2 * QUEUED + 5  # each watch keeps one
         self.namespace = namespace or _own_namespace()
         self.server = configuration.host
         self.requests = 0
@@ -105,13 +106,16 @@ class Api:
         """Deletes an object once all that it owns is gone; until then it is there, with a deletionTimestamp."""
         return self._json("DELETE", kind, name, body={"propagationPolicy": "Foreground"})
 
-    def list(self, kind: Kind, take: Callable[[Object], object], *, selector: str = "") -> str:
+    def list(self, kind: Kind, take: Callable[[Object], object], *, selector: str = "", name: str = "") -> str:
         """Hands each object to `take`, page by page, so that never all of them are in memory as JSON data.
 
+        Args:
+            selector: of labels.
+            name: of the one object that is meant.
         Returns:
             The resource version at which they were read.
         """
-        query = {"limit": str(PAGE), "labelSelector": selector}
+        query = {"limit": str(PAGE), "labelSelector": selector, "fieldSelector": _named(name)}
         while True:
             page = self._json("GET", kind, query=query)
             for content in page["items"]:
@@ -125,14 +129,20 @@ class Api:
         page = self._json("GET", kind, query={"limit": "1"})
         return len(page["items"]) + int(page["metadata"].get("remainingItemCount", 0))
 
-    def watch(self, kind: Kind, resource_version: str) -> Iterator[tuple[EventType, Object]]:
+    def watch(
+        self, kind: Kind, resource_version: str, *, name: str = "", seconds: int = WATCH_SECONDS
+    ) -> Iterator[tuple[EventType, Object]]:
         """What changes from a resource version on, until the server ends the watch.
 
+        Args:
+            name: of the one object that is meant.
+            seconds: after which the server ends it; a connection that has died is noticed half as long after that.
         Raises:
             ObjectMissing: the version is too old; list again.
         """
-        query = {"watch": "true", "resourceVersion": resource_version, "timeoutSeconds": str(WATCH_SECONDS)}
-        timeout = urllib3.Timeout(connect=5, read=WATCH_SECONDS + 30)
+        query = {"watch": "true", "resourceVersion": resource_version, "timeoutSeconds": str(seconds)}
+        query["fieldSelector"] = _named(name)
+        timeout = urllib3.Timeout(connect=5, read=1.5 * seconds)
         answer = self._send("GET", kind, query=query, timeout=timeout, stream=True)
         try:
             for line in _lines(answer):
@@ -195,6 +205,11 @@ class Api:
         if answer.status >= 400:
             raise _error(answer.status, _status(answer.data), method, kind, "/".join(filter(None, path)))
         return answer
+
+
+def _named(name: str) -> str:
+    """The field selector of one object; with it, a Role may name the one that can be listed and watched."""
+    return f"metadata.name={name}" if name else ""
 
 
 def _configuration() -> Configuration:

@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from aggregator.reconcile import World
 from aggregator.resources import Consent, DataVector, MergePolicy, ModelVersion, Phase
+from datavector.monitoring import certificate_expiry
 
 
 class Metrics:
@@ -31,6 +32,7 @@ class Metrics:
         self.outbox = Gauge(
             "datavector_receiver_outbox", "Vectors that the Kubernetes API does not have yet.", registry=self.registry
         )
+        self.certificate_expiry = certificate_expiry(self.registry)
         self.vectors = Gauge("datavector_vectors", "Vectors by consent.", ("consent",), registry=self.registry)
         self.versions = Gauge("datavector_versions", "Model versions by phase.", ("phase",), registry=self.registry)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,19 +18,20 @@ from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from aggregator.calibration import Calibrations, batchnorm_channels
+from aggregator.deny_list import DenyList
 from aggregator.gate import Behaviour, Call, Gate
 from aggregator.metrics import Metrics
 from aggregator.reconcile import newest_ready
 from aggregator.registry import Registry
 from aggregator.resources import MergePolicy, ModelVersion, Phase, last_sequence
+from aggregator.server_keys import ServerKeys
 from aggregator.settings import Limits, ReceiverSettings
 from aggregator.store import Store, find_bases
 from aggregator.uploads import Arrival, Uploads
-from datavector.errors import BaseModelError, CertificateError, NotFound, NotReady, ProtocolError, UsageError
+from datavector.errors import BaseModelError, NotFound, NotReady, ProtocolError, UsageError
 from datavector.files import sha256_file
 from datavector.merge.batchnorm import Moments
 from datavector.model import DIGEST, FILES, BaseModel
-from datavector.wire.certs import check_certificate
 from datavector.wire.chunks import CHUNK, MAX_MESSAGE, read_request
 from datavector.wire.moments import from_message, to_message
 from datavector.wire.v1 import exchange_pb2
@@ -69,6 +70,7 @@ class Receiver:
 
     Args:
         wake: called after every commit, withdrawal, finished visit and meeting.
+        deny_lists: beside the file of the settings.
 
     Attributes:
         port: the port, once started.
@@ -81,6 +83,7 @@ class Receiver:
         settings: ReceiverSettings,
         wake: Callable[[], None],
         metrics: Metrics | None = None,
+        deny_lists: Iterable[DenyList] = (),
     ) -> None:
         self.store = store
         self.registry = registry
@@ -88,6 +91,7 @@ class Receiver:
         self.metrics = metrics or Metrics()
         self.port = 0
         self._wake = wake
+        self._gate = Gate(settings.tls, settings.limits, self.metrics, deny_lists)
         self._bases: dict[str, BaseModel] = {}
         limits = settings.limits
         self._uploads = Uploads(
@@ -108,6 +112,7 @@ class Receiver:
         )
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
+        self._watching: list[asyncio.Task[None]] = []
 
     async def start(self) -> str:
         """Begins to listen.
@@ -120,41 +125,32 @@ class Receiver:
             UsageError: the address cannot be listened on.
         """
         tls, listen = self.settings.tls, self.settings.listen
-        report = check_certificate(tls.certificate, tls.key, tls.ca)
-        if report.hospital is not None:
-            raise CertificateError(
-                f"{tls.certificate} is the certificate of hospital {report.hospital!r}",
-                remedy="use the one for the aggregator that `datavector certs init` makes",
-            )
-        if report.identity.trust_domain != tls.trust_domain:
-            raise CertificateError(
-                f"{tls.certificate} is of the trust domain {report.identity.trust_domain!r}, "
-                f"tls.trust_domain is {tls.trust_domain!r}",
-                remedy="set tls.trust_domain to the certificates' (--trust-domain)",
-            )
+        keys = ServerKeys(tls)
+        self.metrics.certificate_expiry.set_function(keys.expiry)
         self._bases = {base.digest: base for base in await asyncio.to_thread(self.store.bases)}
         limits = self.settings.limits
         self._server = grpc.aio.server(options=_options(limits), maximum_concurrent_rpcs=limits.calls)
         self._server.add_generic_rpc_handlers((self._handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        credentials = grpc.ssl_server_credentials(
-            [(tls.key.read_bytes(), tls.certificate.read_bytes())],
-            root_certificates=tls.ca.read_bytes(),
-            require_client_auth=True,
-        )
         try:
-            self.port = self._server.add_secure_port(listen, credentials)
+            self.port = self._server.add_secure_port(listen, keys.credentials())
         except RuntimeError as error:
             raise UsageError(
                 f"{listen} cannot be listened on", remedy="give address:port, such as 0.0.0.0:8443, with a free port"
             ) from error
         await self._server.start()
+        self._watching = [
+            asyncio.create_task(keys.watch(), name="watch the certificate"),
+            asyncio.create_task(self._gate.watch(), name="end the calls of those who are denied"),
+        ]
         for name in ("", SERVICE.full_name):
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
         return f"{listen.rpartition(':')[0]}:{self.port}"
 
     async def stop(self, grace: float | None = 5) -> None:
         """Takes no new calls, gives running ones `grace` seconds, and finishes commits."""
+        for task in self._watching:
+            task.cancel()
         await self._health.enter_graceful_shutdown()
         if self._server:
             await self._server.stop(grace)
@@ -162,7 +158,6 @@ class Receiver:
 
     def _handlers(self) -> grpc.GenericRpcHandler:
         """Every method of the service with its behaviour behind the gate."""
-        gate = Gate(self.settings.tls, self.settings.limits, self.metrics)
         behaviours: dict[str, Behaviour] = {
             "Describe": self._describe,
             "Fetch": self._fetch,
@@ -177,7 +172,7 @@ class Receiver:
         }
         return grpc.method_handlers_generic_handler(
             SERVICE.full_name,
-            {name: _handler(SERVICE.methods_by_name[name], gate(name, run)) for name, run in behaviours.items()},
+            {name: _handler(SERVICE.methods_by_name[name], self._gate(name, run)) for name, run in behaviours.items()},
         )
 
     # --- Base models, releases, files

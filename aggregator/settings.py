@@ -117,9 +117,11 @@ class ClusterReceiverSettings(ReceiverSettings):
     Attributes:
         store: folder that it shares with the operator and the jobs.
         namespace: of the objects; its own, or that of the kubeconfig's default, where absent.
+        deny_list_config_map: a ConfigMap of the namespace, whose key `denied` holds a deny list, beside tls.deny_list.
         metrics_port: of Prometheus metrics; 0 serves none.
     """
 
     store: Path
     namespace: str | None = None
+    deny_list_config_map: str | None = None
     metrics_port: int = Field(default=0, ge=0, le=65535)

@@ -161,13 +161,31 @@ def certs_issue(
     typer.echo(f"{certificate}: speaks for {bearer}, valid for {days} days")
 
 
+@certs_app.command("secret")
+def certs_secret(
+    hospital: Annotated[str | None, typer.Option(help="Name of the hospital.")] = None,
+    aggregator: Annotated[bool, typer.Option("--aggregator", help="The aggregator's certificate.")] = False,
+    authority: Annotated[Path, typer.Option("--authority", help="Folder that `certs init` wrote.")] = Path("certs"),
+    name: Annotated[str | None, typer.Option(help="Of the Secret; HOSPITAL-tls or aggregator-tls by default.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Of the Secret; kubectl's own by default.")] = None,
+) -> None:
+    """Print a certificate with its private key as a Kubernetes Secret, for `kubectl apply -f -`."""
+    from datavector.wire.secret import tls_secret
+
+    if aggregator == (hospital is not None):
+        raise UsageError("a certificate is for a hospital or the aggregator", remedy="give --hospital or --aggregator")
+    typer.echo(tls_secret(authority, hospital, name=name, namespace=namespace), nl=False)
+
+
 def _server_names(given: list[str] | None) -> list[str]:
     return ["localhost", "127.0.0.1", *(given or [])]
 
 
 # --- Hospital -------------------------------------------------------------------------------------------------
 
-Hospital = Annotated[str | None, typer.Option("--hospital", help="Name of this hospital.")]
+Hospital = Annotated[
+    str | None, typer.Option("--hospital", help="Name of this hospital; the certificate's where absent.")
+]
 Aggregator = Annotated[str | None, typer.Option("--aggregator", help="host:port of the aggregator.")]
 State = Annotated[Path | None, typer.Option("--state", help="Folder that survives restarts.")]
 Certificate = Annotated[Path | None, typer.Option("--certificate", help="The hospital's certificate.")]

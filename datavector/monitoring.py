@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 
 from datavector.errors import UsageError
 
@@ -19,3 +19,14 @@ def serve_metrics(registry: CollectorRegistry, port: int) -> None:
         raise UsageError(
             f"metrics cannot be served on port {port} ({error.strerror})", remedy="set metrics_port to a free port"
         ) from error
+
+
+def certificate_expiry(registry: CollectorRegistry) -> Gauge:
+    """The metric that the agent and the aggregator have in common; not a number until it is set."""
+    gauge = Gauge(
+        "datavector_certificate_expiry_timestamp_seconds",
+        "When the own certificate that is in use expires, in Unix time.",
+        registry=registry,
+    )
+    gauge.set(float("nan"))
+    return gauge

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,3 +35,10 @@ def test_the_decisions_need_neither_network_nor_arrays():
 
 def test_the_command_line_answers_help_without_the_heavy_parts():
     assert not imported_by("datavector.cli") & {"numpy", "grpc", "aggregator", "agent", "pydantic"}
+
+
+def test_the_runtime_of_releases_reports_nothing_to_its_makers(tmp_path: Path):
+    script = "import datavector.release.verify, time; time.sleep(0.5)"  # it would make itself an identity in HOME
+    environment = {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "PATH": os.environ["PATH"]}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parent.parent, env=environment)
+    assert list(tmp_path.rglob("*")) == []

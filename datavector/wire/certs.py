@@ -70,6 +70,16 @@ class CertificateReport:
         return math.floor((self.not_after - (now or datetime.now(UTC))) / timedelta(days=1))
 
 
+@dataclass(frozen=True)
+class Credentials:
+    """What one side of mutual TLS shows and trusts, in PEM, as it was read at one moment and can be used now."""
+
+    certificate: bytes
+    key: bytes
+    ca: bytes
+    report: CertificateReport
+
+
 # --- The authority --------------------------------------------------------------------------------------------
 
 
@@ -185,8 +195,19 @@ def check_certificate(certificate: Path, key: Path, ca: Path, *, now: datetime |
         CertificateError: a file is missing or unreadable, the certificate is expired, not yet valid, of another
             authority or names nobody, or the key is another one's.
     """
+    return read_credentials(certificate, key, ca, now=now).report
+
+
+def read_credentials(certificate: Path, key: Path, ca: Path, *, now: datetime | None = None) -> Credentials:
+    """Reads each file once, and checks what was read as `check_certificate` does.
+
+    Raises:
+        CertificateError: as there.
+    """
     now = now or datetime.now(UTC)
-    leaf, private, authorities = _load(certificate), _load_key(key), _load_all(ca)
+    content = {path: _read(path) for path in (certificate, key, ca)}
+    chain, authorities = (_parse_all(content[path], path) for path in (certificate, ca))
+    leaf, private = chain[0], _parse_key(content[key], key)
     if now < leaf.not_valid_before_utc:
         raise CertificateError(
             f"{certificate} is valid only from {leaf.not_valid_before_utc:%Y-%m-%d %H:%M}Z on",
@@ -199,12 +220,12 @@ def check_certificate(certificate: Path, key: Path, ca: Path, *, now: datetime |
         )
     if _public_bytes(private.public_key()) != _public_bytes(leaf.public_key()):
         raise CertificateError(f"{key} is not the key of {certificate}", remedy="give the key that belongs to it")
-    if not any(_issued_by(link, authority) for link in _load_all(certificate) for authority in authorities):
+    if not any(_issued_by(link, authority) for link in chain for authority in authorities):
         raise CertificateError(
             f"{certificate} was issued by {leaf.issuer.rfc4514_string()!r}, which is not the authority in {ca}",
             remedy="give the authority file that came with the certificate, or ask for a certificate of this authority",
         )
-    return _report(leaf)
+    return Credentials(content[certificate], content[key], content[ca], _report(leaf))
 
 
 def _report(leaf: x509.Certificate) -> CertificateReport:
@@ -256,19 +277,23 @@ def _authority_domain(path: Path, authority: x509.Certificate) -> str:
 
 
 def _load(path: Path) -> x509.Certificate:
-    return _load_all(path)[0]
+    return _parse_all(_read(path), path)[0]
 
 
-def _load_all(path: Path) -> list[x509.Certificate]:
+def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    return _parse_key(_read(path), path)
+
+
+def _parse_all(content: bytes, path: Path) -> list[x509.Certificate]:
     try:
-        return x509.load_pem_x509_certificates(_read(path))
+        return x509.load_pem_x509_certificates(content)
     except ValueError as error:
         raise _unreadable(path, "certificate") from error
 
 
-def _load_key(path: Path) -> ec.EllipticCurvePrivateKey:
+def _parse_key(content: bytes, path: Path) -> ec.EllipticCurvePrivateKey:
     try:
-        key = serialization.load_pem_private_key(_read(path), password=None)
+        key = serialization.load_pem_private_key(content, password=None)
     except (ValueError, TypeError) as error:
         raise _unreadable(path, "private key") from error
     return key  # type: ignore[return-value]  # an RSA or Ed25519 key of another authority serves as well

@@ -8,7 +8,6 @@ import socket
 import ssl
 import struct
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
 
+from agent.client import Client, Credentials
 from agent.ledger import read_ledger
-from datavector.errors import AlreadyWithdrawn, CertificateError, Unreachable
+from datavector.errors import AlreadyWithdrawn, CertificateError, Denied, Unreachable
 from datavector.merge.batchnorm import Moments
-from datavector.wire.certs import init_authority
+from datavector.wire.certs import init_authority, issue_hospital
 
 IDENTITY = "spiffe://datavector.local/aggregator"
 
@@ -70,11 +70,12 @@ def test_a_name_that_nobody_has_is_told_as_such(connect):
         connect("aggregator.invalid:1").describe()
 
 
-def test_a_server_of_another_authority_is_named(receiver, connect, tmp_path):
-    init_authority(tmp_path / "other")
-    client = connect(receiver.address)
-    client.credentials = replace(client.credentials, ca=tmp_path / "other" / "ca.crt")
-    with pytest.raises(CertificateError, match=f"the server at {receiver.address} shows a certificate"):
+def test_a_server_of_another_authority_is_named(receiver, tmp_path):
+    init_authority(tmp_path)
+    certificate = issue_hospital(tmp_path, "north")
+    credentials = Credentials(certificate, certificate.with_suffix(".key"), tmp_path / "ca.crt")
+    client = Client(receiver.address, credentials, patience_seconds=0)
+    with client, pytest.raises(CertificateError, match=f"the server at {receiver.address} shows a certificate"):
         client.describe()
 
 
@@ -188,3 +189,65 @@ def test_a_link_that_is_gone_before_the_handshake_refuses_nobody(connect, monkey
     monkeypatch.setattr("agent.client.dial", gone)
     with pytest.raises(Unreachable, match="reset by peer"):
         connect("localhost:1").server_identity()
+
+
+# --- Renewed certificates -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(authority, tmp_path) -> Credentials:
+    """North's certificate, key and authority, which a test may replace."""
+    folder = tmp_path / "tls"
+    folder.mkdir()
+    for name in ("ca.crt", "ca.key", "north.crt", "north.key"):
+        shutil.copy(authority / name, folder)
+    return Credentials(folder / "north.crt", folder / "north.key", folder / "ca.crt")
+
+
+def test_a_renewed_certificate_is_used_from_the_next_call_on(start_receiver, small_base, files, tmp_path):
+    denied = tmp_path / "denied"
+    denied.touch()
+    receiver = start_receiver(small_base, deny_list=denied)
+    with Client(receiver.address, files, patience_seconds=0) as client:
+        client.describe()
+        denied.write_text(client.report.fingerprint)
+        with pytest.raises(Denied):
+            client.describe()
+        issue_hospital(files.ca.parent, "north", days=10)
+        assert client.describe().hospital == "north"
+        assert client.report.days_left() == 9
+
+
+def test_a_running_call_is_not_cut_by_a_renewal(receiver, files, large_base):
+    with Client(receiver.address, files, patience_seconds=0) as client:
+        announced = next(policy for policy in client.describe().policies if policy.base_digest == large_base.digest)
+        info = announced.base_files[-1]
+        renewed = []
+
+        def renew(done, total):
+            if not renewed:
+                issue_hospital(files.ca.parent, "north", days=10)
+                renewed.append(client.report.days_left())
+
+        client.fetch(info, files.ca.parent / "fetched", base_digest=large_base.digest, on_progress=renew)
+        assert renewed == [364]
+        client.describe()
+        assert client.report.days_left() == 9
+
+
+@pytest.mark.parametrize("kind", ["another hospital's", "without its key", "gone"])
+def test_renewed_files_that_cannot_be_used_leave_the_old_ones_in_use(receiver, files, authority, caplog, kind):
+    with Client(receiver.address, files, patience_seconds=0) as client:
+        client.describe()
+        if kind == "gone":
+            files.certificate.unlink()
+        else:
+            shutil.copy(authority / "south.crt", files.certificate)
+        if kind == "another hospital's":
+            shutil.copy(authority / "south.key", files.key)
+        for _ in range(3):
+            assert client.describe().hospital == "north"
+        assert caplog.text.count("those before them stay in use") == 1
+        issue_hospital(files.ca.parent, "north", days=10)
+        client.describe()
+        assert client.report.days_left() == 9

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from agent import preflight
-from datavector.errors import DiskFull, UsageError
+from agent.settings import AgentSettings, Tls
+from datavector.errors import CertificateError, DiskFull, UsageError, WrongHospital
 from tests.agent.conftest import CLASSES, settings_of
 
 
@@ -74,3 +75,26 @@ def test_decoded_images_that_are_no_longer_needed_count_as_room(base, images, tm
     (settings.state / preflight.IMAGES).mkdir()
     (settings.state / preflight.IMAGES / f"{0:064}.pixels").write_bytes(bytes((1 << 20) - 8192))
     preflight.data(settings, base)
+
+
+def test_without_a_name_the_hospital_is_the_certificates(authority, receiver, connect, tmp_path):
+    tls = Tls(certificate=authority / "south.crt", key=authority / "south.key", ca=authority / "ca.crt")
+    settings = AgentSettings(aggregator=receiver.address, tls=tls, policy="small", state=tmp_path)
+    assert preflight.certificate(settings).startswith("speaks for south, valid for")
+    policy, _ = preflight.aggregator(settings, connect(receiver.address, "south"))
+    assert policy.name == "small"
+
+
+def test_the_aggregators_certificate_is_no_hospitals(authority, tmp_path):
+    tls = Tls(certificate=authority / "aggregator.crt", key=authority / "aggregator.key", ca=authority / "ca.crt")
+    with pytest.raises(WrongHospital, match="speaks for 'the aggregator', but the call is for 'a hospital'"):
+        preflight.certificate(AgentSettings(aggregator="localhost:1", tls=tls, state=tmp_path))
+
+
+def test_a_check_that_fails_names_the_settings_it_is_about(tmp_path):
+    lines: list[str] = []
+    checks = preflight.Preflight(lines.append)
+    checks.check("certificate", lambda: preflight.certificate(settings_of(tmp_path)))
+    assert lines[0].startswith("FAIL  certificate  ")
+    with pytest.raises(CertificateError, match=r"tls\.certificate, tls\.key, tls\.ca"):
+        checks.demand()

@@ -93,7 +93,7 @@ class ClusterSite:
 
     # --- The receiver
 
-    def start(self, *, url: str = "", name: str = "receiver") -> Receiving:
+    def start(self, *, url: str = "", name: str = "receiver", **environment: str) -> Receiving:
         """Starts a receiver, which may still wait for the API when this returns."""
         port = free_port()
         arguments = (
@@ -101,7 +101,7 @@ class ClusterSite:
             "--certificate", self.certificates / "aggregator.crt", "--key", self.certificates / "aggregator.key",
             "--ca", self.certificates / "ca.crt", "--metrics-port", str(port),
         )  # fmt: skip
-        process = Process(arguments, self.folder / f"{name}.log", KUBECONFIG=str(self.kubeconfig(url)))
+        process = Process(arguments, self.folder / f"{name}.log", KUBECONFIG=str(self.kubeconfig(url)), **environment)
         self.running.callback(process.clear)
         return Receiving(process, port)
 

@@ -14,6 +14,7 @@ from aggregator.resources import Artifact, DataVector, Metadata, VectorSpec, Vec
 from aggregator.store import Store
 from datavector.model import BaseModel
 from datavector.vector import write_vector
+from tests.aggregator.cluster_site import ClusterSite
 from tests.cluster.aggregation import Namespace, RunningOperator, record
 from tests.cluster.client import Cluster
 
@@ -91,3 +92,16 @@ def arrive(space, store, deliver):
             record(space, deliver(store, base, hospital, sequence=sequence))
 
     return put
+
+
+@pytest.fixture
+def site(
+    cluster: Cluster, crds: Any, namespace: str, small_base: BaseModel, authority: Path, tmp_path: Path
+) -> Iterator[ClusterSite]:
+    """A namespace with a base model and a policy, in which a test starts receivers."""
+    store = Store(tmp_path / "store")
+    store.import_base(small_base.path)
+    with ExitStack() as running:
+        made = ClusterSite(cluster, namespace, small_base, store, authority, tmp_path, running)
+        made.prepare()
+        yield made

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,31 +13,16 @@ from agent.upload import Delivery, upload
 from aggregator.cluster import decode
 from aggregator.reconcile import Base, World, desired_version
 from aggregator.resources import DataVector, ModelVersion, Phase
-from aggregator.store import Store
 from aggregator.uploads import Arrival
 from datavector.errors import AlreadyWithdrawn, NotReady
-from datavector.model import BaseModel
 from tests.aggregator.cluster_site import ClusterSite
 from tests.aggregator.objects import at
-from tests.cluster.client import Cluster
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.roles import RECEIVER, rule
 from tests.integration.processes import until
 from tests.serving import announce, policy_of, write_tau
 
 Connect = Callable[..., Client]
-
-
-@pytest.fixture
-def site(
-    cluster: Cluster, crds: Any, namespace: str, small_base: BaseModel, authority: Path, tmp_path: Path
-) -> Iterator[ClusterSite]:
-    store = Store(tmp_path / "store")
-    store.import_base(small_base.path)
-    with ExitStack() as running:
-        made = ClusterSite(cluster, namespace, small_base, store, authority, tmp_path, running)
-        made.prepare()
-        yield made
 
 
 def send(client: Client, site: ClusterSite, *, seed: int = 1, sequence: int = 1) -> Delivery:

@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,7 +39,9 @@ from datavector.errors import (
 )
 from datavector.files import sha256_file
 from datavector.wire.certs import init_authority, issue_aggregator, issue_hospital, read_report
-from datavector.wire.v1.exchange_pb2 import FetchRequest, FileInfo
+from datavector.wire.chunks import CHUNK, frame_chunk
+from datavector.wire.v1.exchange_pb2 import FetchRequest, FileInfo, UploadOpen, UploadRequest
+from tests.integration.processes import until
 from tests.serving import announce, make_settings, make_store, policy_of, serve, write_tau
 
 
@@ -310,6 +313,45 @@ def test_a_deny_list_that_is_gone_lets_nobody_in(start_receiver, small_base, con
     receiver = start_receiver(small_base, deny_list=tmp_path / "absent")
     with pytest.raises(Denied, match="cannot tell whom to deny"):
         connect(receiver.address).describe()
+
+
+def test_an_upload_of_a_hospital_that_is_denied_meanwhile_ends_within_seconds(
+    start_receiver, large_base, connect, tmp_path
+):
+    denied = tmp_path / "denied"
+    denied.touch()
+    client = connect(start_receiver(large_base, deny_list=denied).address)
+    client.describe()
+    denied_at = []
+
+    def endless():
+        info = announce(path, large_base)
+        yield UploadRequest(open=UploadOpen(vector=info)).SerializeToString()
+        with path.open("rb") as file:
+            yield frame_chunk(file.read(CHUNK))
+        denied.write_text("north")
+        denied_at.append(time.monotonic())
+        time.sleep(20)  # nothing more comes
+
+    path = write_tau(tmp_path / "tau", large_base)
+    with pytest.raises(Denied, match="'north' or its certificate is on the deny list"):
+        client.send_upload(endless())
+    assert time.monotonic() - denied_at[0] < 5
+
+
+def test_a_meeting_goes_on_without_a_hospital_that_is_denied_while_it_waits(
+    start_receiver, small_base, connect, tmp_path
+):
+    denied = tmp_path / "denied"
+    denied.touch()
+    receiver = start_receiver(small_base, deny_list=denied)
+    receiver.calibrate(small_base, "v", "north", "south", mode="meeting", quorum=2)
+    client = connect(receiver.address)
+    (task,) = client.list_tasks().tasks
+    threading.Timer(0.5, denied.write_text, ["north"]).start()
+    with pytest.raises(Denied), client.meet(task, images=1):
+        pass
+    until(lambda: receiver.metric("running_calls", method="Meet") == 0, "the end of the call")
 
 
 # --- What there is to get -------------------------------------------------------------------------------------
