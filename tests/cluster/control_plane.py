@@ -177,12 +177,11 @@ class ControlPlane(Cluster):
             f"--tls-private-key-file={self._pki}/server.key",
             "--kube-api-qps=500",
             "--kube-api-burst=1000",
-            umask=0,  # its volumes on the host are for every user
         )
         self._wait("kube-controller-manager", f"https://127.0.0.1:{self._controllers_port}/healthz")
 
-    def _run(self, name: str, *command: object, umask: int = -1) -> None:
-        self._running[name] = Process([str(each) for each in command], self._root / f"{name}.log", umask=umask)
+    def _run(self, name: str, *command: object) -> None:
+        self._running[name] = Process([str(each) for each in command], self._root / f"{name}.log")
 
     def _wait(self, name: str, url: str) -> None:
         """Polls a health address until it answers 200."""

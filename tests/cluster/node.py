@@ -22,6 +22,7 @@ from typing import IO
 
 from tests.cluster.build import CannotBuild, cache
 from tests.cluster.control_plane import POLL_SECONDS, SECONDS_TO_START, ControlPlane, ControlPlaneFailed
+from tests.cluster.volumes import STORAGE_CLASS, Volumes
 
 PACKAGES = ("containerd", "runc", "containernetworking-plugins", "nftables", "iproute2", "busybox-static", "buildah")
 PROGRAMS = ("containerd", "ctr", "runc", "nft", "ip", "busybox", "buildah")
@@ -75,15 +76,6 @@ _COREDNS = """
 }}
 """
 
-_STORAGE_CLASS = {
-    "apiVersion": "storage.k8s.io/v1",
-    "kind": "StorageClass",
-    "metadata": {"name": "standard", "annotations": {"storageclass.kubernetes.io/is-default-class": "true"}},
-    "provisioner": "kubernetes.io/host-path",  # the controller manager's own, for tests
-    "reclaimPolicy": "Delete",
-}
-
-
 def demand_node() -> None:
     """
     Raises:
@@ -99,6 +91,7 @@ class Node(ControlPlane):
     """The control plane, and beside it scheduler, containerd, kubelet, kube-proxy and CoreDNS."""
 
     runs_pods = True
+    is_local = True
 
     def __init__(self, *, components: Path, node: Path) -> None:
         """Starts it and waits until the node is Ready, with a StorageClass.
@@ -130,7 +123,7 @@ class Node(ControlPlane):
         )
 
     def controller_flags(self) -> tuple[str, ...]:
-        return ("--enable-hostpath-provisioner",)
+        return ()
 
     def import_images(self, layout: Path) -> None:
         """Brings the images of an OCI layout to the node; blobs that the node has may be absent."""
@@ -192,7 +185,8 @@ class Node(ControlPlane):
         )  # fmt: skip
         (folder / "Corefile").write_text(_COREDNS.format(gateway=GATEWAY, kubeconfig=self.kubeconfig))
         self._run("coredns", programs / "coredns", "-conf", folder / "Corefile")
-        self.kubectl("create", "-f", "-", input=_STORAGE_CLASS)
+        self.kubectl("create", "-f", "-", input=STORAGE_CLASS)
+        Volumes(self.kubeconfig, RUN / "volumes")
         self.kubectl("wait", "--for=create", f"node/{NAME}", "--timeout=60s")
         self.kubectl("wait", "--for=condition=Ready", f"node/{NAME}", "--timeout=60s")
 

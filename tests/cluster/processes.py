@@ -13,9 +13,7 @@ LINES_OF_LOG = 20
 class Process:
     """A program in its own session, whose output goes to a file."""
 
-    def __init__(
-        self, command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None, umask: int = -1
-    ) -> None:
+    def __init__(self, command: Sequence[str], log: Path, *, environment: Mapping[str, str] | None = None) -> None:
         self.log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -25,7 +23,6 @@ class Process:
                 stderr=output,
                 start_new_session=True,
                 env=environment,
-                umask=umask,
             )
 
     @property
