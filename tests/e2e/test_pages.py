@@ -73,6 +73,7 @@ def test_both_pages_can_be_typed_from_an_empty_cluster_to_a_withdrawal(
         printed = hospital.follow(section(shown, "Install"))
         assert "ready" in one(printed, "helm test north")
         first = delivered(site, sequence=1)
+        north.until(lambda: "delivered: " in north.logs("deployment/north"), why=lambda: north.logs("deployment/north"))
         printed = hospital.follow(section(shown, "Watch")) | hospital.follow(section(shown, "What left the building"))
         assert "delivered: " in one(printed, "logs deployment/north")
         assert " vector " in one(printed, "datavector agent ledger")
