@@ -18,6 +18,7 @@ from aggregator.policy_file import load_policies
 from aggregator.settings import AggregatorSettings
 from aggregator.store import Store
 from datavector.config import load_settings
+from tests.e2e.pages import blocks, typed
 from tests.integration.conftest import draw_images
 from tests.integration.processes import ENVIRONMENT, ROOT, Aggregator, Process, free_port
 
@@ -96,16 +97,6 @@ def by_hand() -> str:
     _, heading, rest = (ROOT / "README.md").read_text().partition("\n## By hand")
     assert heading
     return rest.partition("\n## ")[0]
-
-
-def blocks(text: str) -> list[tuple[str, str]]:
-    """Language and content of each block of code, in their order."""
-    return re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-
-
-def typed(block: str) -> list[str]:
-    """The commands after the prompts of a block."""
-    return [line[2:] for line in block.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
 
 
 def quick(text: str, port: int) -> str:
