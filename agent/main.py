@@ -16,7 +16,7 @@ from google.protobuf.json_format import MessageToDict, Parse, ParseError
 from agent import preflight
 from agent.ledger import Ledger
 from agent.settings import AgentSettings
-from agent.site import LEDGER, Site, connect, only_agent, open_site
+from agent.site import LEDGER, Site, connect, only_agent, open_site, stop_by_signal
 from agent.upload import upload
 from datavector.console import progress, say
 from datavector.data.records import Record
@@ -51,20 +51,21 @@ def run(settings: AgentSettings, *, once: bool) -> None:
     Raises:
         DataVectorError: a check failed, or the aggregator refuses the vector.
     """
-    _check_this_machine(settings)
-    with only_agent(settings.state), open_site(settings) as site:
-        if settings.metrics_port:
-            serve_metrics(site.metrics.registry, settings.metrics_port)
-        try:
+    stop_by_signal(exit_code=1 if once else 0)
+    try:
+        _check_this_machine(settings)
+        with only_agent(settings.state), open_site(settings) as site:
+            if settings.metrics_port:
+                serve_metrics(site.metrics.registry, settings.metrics_port)
             ready = _prepare(site, partial(_policy, site))
             vector = train_vector(site, ready)
             deliver(site, vector)
             if not once:
                 serve_tasks(site, ready, until_stopped=True)
-        except Interrupted as stopped:
-            if once:
-                raise
-            say(f"{stopped.message}; {stopped.remedy}")  # an orderly end of what otherwise has none
+    except Interrupted as stopped:
+        if once:
+            raise
+        say(f"{stopped.message}; {stopped.remedy}")  # an orderly end of what otherwise has none
 
 
 def serve_waiting_tasks(settings: AgentSettings) -> None:
@@ -73,6 +74,7 @@ def serve_waiting_tasks(settings: AgentSettings) -> None:
     Raises:
         TryAgain: one of them could not be served, though it is still wanted.
     """
+    stop_by_signal(exit_code=1)
     _check_this_machine(settings)
     with only_agent(settings.state), open_site(settings) as site:
         serve_tasks(site, _prepare(site, partial(_policy, site)), until_stopped=False)

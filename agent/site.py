@@ -41,6 +41,20 @@ class Site:
     stop: threading.Event = field(default_factory=threading.Event)
 
 
+def stop_by_signal(exit_code: int) -> None:
+    """Makes SIGTERM and SIGINT end the process, until `open_site` makes them end the work at the next safe point.
+
+    The first process of a container would not notice a signal that nobody handles.
+    """
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        os.write(sys.stderr.fileno(), b"stopped before anything was started; start it again to go on\n")
+        raise SystemExit(exit_code)  # no Exception: libraries that are being imported would catch it
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
 @contextmanager
 def open_site(settings: AgentSettings, *, patience_seconds: float | None = None) -> Iterator[Site]:
     """Connects, and makes SIGTERM and SIGINT end the work at the next safe point, with Interrupted.

@@ -511,7 +511,8 @@ def _fit_as_one_of_several(
 
 
 def _stop_at_end_of_input(stop: threading.Event) -> None:
-    sys.stdin.read()
+    while os.read(0, 1):  # sys.stdin's own lock, held here, would block a forked worker, which closes sys.stdin
+        pass
     stop.set()
 
 

@@ -351,6 +351,13 @@ def test_three_processes_that_were_stopped_go_on_to_the_same_bits(
 
 
 @pytest.mark.slow
+def test_several_processes_may_each_have_workers_that_prepare_images(base, train_set, val_set, tmp_path, several):
+    without = train(base, train_set, val_set, several, tmp_path / "without").weights.read_bytes()
+    settings = replace(several, workers=1)
+    assert train(base, train_set, val_set, settings, tmp_path / "with").weights.read_bytes() == without
+
+
+@pytest.mark.slow
 def test_several_processes_that_diverge_say_so(base, train_set, val_set, tmp_path, several, capfd):
     with pytest.raises(NotFinite, match="diverged in epoch 1; lower learning_rate"):
         train(base, train_set, val_set, replace(several, learning_rate=1e30), tmp_path)

@@ -413,6 +413,14 @@ def test_an_aggregator_that_is_not_reachable_is_tried_again_until_the_agent_is_s
     assert "Traceback" not in agent.output
 
 
+@pytest.mark.parametrize(("flags", "code"), [([], 0), (["--once"], 1)])
+def test_an_agent_that_is_stopped_during_its_first_checks_ends_at_once(new_site: Site, flags: list[str], code: int):
+    agent = new_site.agent("north", f"127.0.0.1:{free_port()}", *flags)
+    agent.wait_for("ok    certificate")
+    assert agent.terminate() == code
+    assert "Traceback" not in agent.output
+
+
 def test_a_full_disk_at_the_agent_stops_it_before_it_starts(site: Site, small_disk: Callable[[Path, int], None]):
     aggregator = site.aggregator(VISIT)
     small_disk(site.folder / "small", 3)
