@@ -33,7 +33,7 @@ class Namespace:
         self.name = name
 
     def kubectl(self, *args: str, **options: Any) -> str:
-        return self.cluster.kubectl(*args, f"--namespace={self.name}", **options)
+        return self.cluster.kubectl(f"--namespace={self.name}", *args, **options)
 
     def get(self, *args: str) -> dict[str, Any]:
         return self.cluster.get(*args, f"--namespace={self.name}")

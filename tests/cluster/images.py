@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.cluster.build import CannotBuild, cache, locked
-from tests.cluster.node import Node, containerd_blobs
+from tests.cluster.node import Node
+from tests.cluster.registry import local_registry
 
 PROJECT = Path(__file__).parents[2]
 BASE = "docker.io/library/python:3.11-slim-bookworm"
@@ -69,25 +70,19 @@ def build_images(images: Sequence[Image] = IMAGES) -> None:
 
 
 def load_into_node(node: Node, images: Sequence[Image] = IMAGES) -> None:
-    """Brings what buildah has built to a node that does not have it yet; layers that images share go once."""
+    """Brings what buildah has built to a node that does not have it yet; layers that images share, and that were there before, are not sent again."""
     record = cache() / "containerd" / "images.json"
     known = json.loads(record.read_text()) if record.exists() else {}
     built = {image.tag: _run("buildah", "inspect", "--format", "{{.FromImageID}}", image.tag).strip() for image in images}
     there = node.ctr("images", "ls", "-q").split()
     wanted = [tag for tag, digest in built.items() if tag not in there or known.get(tag) != digest]
     if wanted:
-        with tempfile.TemporaryDirectory(dir=cache(), prefix="images-") as folder:
-            layout = Path(folder) / "layout"
-            blobs = layout / "blobs" / "sha256"
-            blobs.mkdir(parents=True)
-            known_blobs = list(containerd_blobs().glob("*"))
-            for blob in known_blobs:  # so that no layer is written again that the node has
-                (blobs / blob.name).hardlink_to(blob)
+        with local_registry() as registry:
             for tag in wanted:
-                _run("buildah", "push", "--quiet", "--disable-compression", tag, f"oci:{layout}:{tag}")
-            for blob in known_blobs:
-                (blobs / blob.name).unlink()
-            node.import_images(layout)
+                pulled = f"{registry}/{tag.partition('/')[2]}"
+                _run("buildah", "push", "--quiet", "--tls-verify=false", tag, f"docker://{pulled}")
+                node.ctr("images", "pull", "--plain-http", pulled)
+                node.ctr("images", "tag", "--force", pulled, tag)
     record.write_text(json.dumps(built))
 
 

@@ -18,14 +18,13 @@ import tarfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from tests.cluster.build import CannotBuild, cache
 from tests.cluster.control_plane import POLL_SECONDS, SECONDS_TO_START, ControlPlane, ControlPlaneFailed
 from tests.cluster.volumes import STORAGE_CLASS, Volumes
 
-PACKAGES = ("containerd", "runc", "containernetworking-plugins", "nftables", "iproute2", "busybox-static", "buildah")
-PROGRAMS = ("containerd", "ctr", "runc", "nft", "ip", "busybox", "buildah")
+PACKAGES = ("containerd", "runc", "containernetworking-plugins", "nftables", "iproute2", "busybox-static", "buildah", "docker-registry")
+PROGRAMS = ("containerd", "ctr", "runc", "nft", "ip", "busybox", "buildah", "docker-registry")
 
 RUN = Path("/run/datavector-node")
 SOCKET = RUN / "containerd.sock"
@@ -124,11 +123,6 @@ class Node(ControlPlane):
 
     def controller_flags(self) -> tuple[str, ...]:
         return ()
-
-    def import_images(self, layout: Path) -> None:
-        """Brings the images of an OCI layout to the node; blobs that the node has may be absent."""
-        with subprocess.Popen(["tar", "-C", str(layout), "-c", "."], stdout=subprocess.PIPE) as archive:
-            _command("ctr", *_CTR, "images", "import", "-", stdin=archive.stdout)
 
     def ctr(self, *args: str) -> str:
         """Runs containerd's own client on the node's containers; what it printed."""
@@ -235,11 +229,6 @@ def containerd_root() -> Path:
     return cache() / "containerd"
 
 
-def containerd_blobs() -> Path:
-    """Where containerd keeps the images' layers, each by its SHA-256."""
-    return containerd_root() / "io.containerd.content.v1.content" / "blobs" / "sha256"
-
-
 def remove_leftovers() -> None:
     """Ends and removes what a killed run left: processes, mounts, the bridge, packet filter rules."""
     for pid, command in _processes():
@@ -291,9 +280,9 @@ def _ctr(*args: str, check: bool = True) -> str:
     return _command("ctr", *_CTR, *args, check=check)
 
 
-def _command(*args: str, check: bool = True, stdin: IO[bytes] | None = None) -> str:
+def _command(*args: str, check: bool = True) -> str:
     """Raises ControlPlaneFailed, with what it printed, if it fails and `check` is set."""
-    done = subprocess.run(args, stdin=stdin, capture_output=True, text=True)
+    done = subprocess.run(args, capture_output=True, text=True)
     if check and done.returncode:
         raise ControlPlaneFailed(f"{' '.join(args)}: {done.stderr.strip()}")
     return done.stdout
