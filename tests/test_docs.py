@@ -50,6 +50,19 @@ def test_every_page_that_a_page_links_to_exists(page: Path):
     assert [link for link in targets if not (page.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_heading_that_a_page_links_to_exists(page: Path):
+    links = re.findall(r"\]\(([^)#:]*)#([^)]+)\)", page.read_text())
+    assert [link for link in links if link[1] not in anchors((page.parent / link[0]) if link[0] else page)] == []
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may name of a page: its headings, in lower case, with hyphens and without punctuation."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def commands(text: str) -> list[str]:
     """What follows `datavector ` in code spans, and in lines of code blocks (after a prompt, or a path to it)."""
     blocks = [block for _, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]

@@ -58,9 +58,11 @@ class Namespace:
         )  # fmt: skip
         return self.cluster.kubeconfig_of(self.name, f"datavector-{account}")
 
-    def until(self, condition: Callable[[], Any], *, why: Callable[[], str] = lambda: "") -> Any:
+    def until(
+        self, condition: Callable[[], Any], *, why: Callable[[], str] = lambda: "", seconds: float = SECONDS
+    ) -> Any:
         """Waits until something is so, and returns it; an API server that is away counts as not yet."""
-        deadline = time.monotonic() + SECONDS
+        deadline = time.monotonic() + seconds
         while True:
             try:
                 if found := condition():

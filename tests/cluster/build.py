@@ -30,19 +30,23 @@ class CannotBuild(Exception):
 
 @dataclass(frozen=True)
 class Module:
-    """A folder with main.go, go.mod and go.sum.
+    """What is built from a folder with main.go, go.mod and go.sum.
 
     Attributes:
         name: the folder's name, and that of the binary made from its main.go.
-        packages: further commands to build beside it.
-        links: the names that the binary goes by.
+        packages: commands to build beside it.
+        links: the names that the binary goes by; without any, only the packages are built.
         minutes: how long a build may take on two cores with nothing cached.
     """
 
     name: str
-    links: tuple[str, ...]
     minutes: int
+    links: tuple[str, ...] = ()
     packages: tuple[str, ...] = ()
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return ((".",) if self.links else ()) + self.packages
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -56,6 +60,13 @@ CONTROL_PLANE = Module(
     minutes=10,
 )
 FLOOR = Module("floor", links=("kube-apiserver",), minutes=6)
+NODE = Module(
+    "node",
+    links=("kubelet", "kube-proxy", "kube-scheduler"),
+    packages=("github.com/coredns/coredns",),
+    minutes=8,
+)
+HELM = Module("node", packages=("helm.sh/helm/v3/cmd/helm",), minutes=3)
 
 
 def build(module: Module) -> Path:
@@ -68,11 +79,11 @@ def build(module: Module) -> Path:
         CannotBuild: Go is missing or too old, or it failed.
     """
     go = _go_version()
-    folder = _cache() / _digest(module, go)
-    with _locked(_cache() / f"{module.name}.lock"):
+    folder = cache() / _digest(module, go)
+    with locked(cache() / f"{module.name}.lock"):
         if not folder.exists():
-            print(f"building Kubernetes ({module.name}): up to {module.minutes} minutes, once", file=sys.stderr)
-            with tempfile.TemporaryDirectory(dir=_cache(), prefix="building-") as unfinished:
+            print(f"building {_what(module)}: up to {module.minutes} minutes, once", file=sys.stderr)
+            with tempfile.TemporaryDirectory(dir=cache(), prefix="building-") as unfinished:
                 _compile(module, Path(unfinished) / "bin")
                 (Path(unfinished) / "bin").rename(folder)
     return folder
@@ -84,7 +95,7 @@ def _compile(module: Module, folder: Path) -> None:
     flags = {"gitVersion": version, "gitMajor": "1", "gitMinor": version.split(".")[1]}
     linker = " ".join(["-s -w", *(f"-X {_VERSION}.{name}={value}" for name, value in flags.items())])
     answer = subprocess.run(
-        ["go", "build", "-buildvcs=false", "-ldflags", linker, "-o", f"{folder}/", ".", *module.packages],
+        ["go", "build", "-buildvcs=false", "-ldflags", linker, "-o", f"{folder}/", *module.targets],
         cwd=HERE / module.name,
         env={**os.environ, "CGO_ENABLED": "0"},
         capture_output=True,
@@ -92,9 +103,13 @@ def _compile(module: Module, folder: Path) -> None:
     )
     if answer.returncode:
         last = (answer.stderr.strip() or f"exit code {answer.returncode}").splitlines()[-1]
-        raise CannotBuild(f"Kubernetes ({module.name}) could not be built: {last}")
+        raise CannotBuild(f"{_what(module)} could not be built: {last}")
     for name in module.links:
         (folder / name).symlink_to(module.name)
+
+
+def _what(module: Module) -> str:
+    return f"Kubernetes ({module.name})" if module.links else ", ".join(each.rpartition("/")[2] for each in module.packages)
 
 
 def _kubernetes_version(module: Module) -> str:
@@ -120,14 +135,15 @@ def _digest(module: Module, go: str) -> str:
     return digest.hexdigest()
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Where everything is kept from run to run."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datavector" / "cluster"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One process at a time; the lock ends with the process."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -135,5 +151,5 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    for each in (CONTROL_PLANE, FLOOR):
+    for each in (CONTROL_PLANE, FLOOR, HELM, NODE):
         print(build(each))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -37,10 +38,21 @@ class Authority:
         )
         (folder / "ca.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
 
-    def issue(self, name: str, *, common_name: str, organization: str | None = None) -> None:
-        """A certificate for a server on loopback or for a client: Kubernetes reads user and group from the subject."""
+    def issue(
+        self, name: str, *, common_name: str, organization: str | None = None, addresses: Sequence[str] = ()
+    ) -> None:
+        """A certificate for a server or for a client: Kubernetes reads user and group from the subject.
+
+        Args:
+            addresses: of the server, beside loopback.
+        """
         key = self.key_pair(name)
-        names = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
+        known = ("127.0.0.1", *addresses)
+        names = [
+            x509.DNSName("localhost"),
+            x509.DNSName("kubernetes.default.svc"),
+            *(x509.IPAddress(ipaddress.ip_address(address)) for address in known),
+        ]
         certificate = (
             _builder(_subject(common_name, organization), self._name, key.public_key())
             .add_extension(x509.SubjectAlternativeName(names), critical=False)

@@ -23,9 +23,11 @@ class Cluster:
         ca: the certificate of the authority that signed the API server's.
         program: its kubectl.
         runs_pods: whether it has nodes of its own, or needs a Kubelet from here.
+        is_local: whether this machine is its node.
     """
 
     runs_pods = True
+    is_local = False
 
     def __init__(self, kubeconfig: Path, folder: Path, *, kubectl: str = "kubectl") -> None:
         """Args:

@@ -20,6 +20,7 @@ from tests.cluster.processes import Process
 
 SECONDS_TO_START = 90
 POLL_SECONDS = 0.1
+SERVICES, API_SERVICE = "10.96.0.0/16", "10.96.0.1"  # addresses of Services, and of the API server's own
 
 CONTROLLERS = (
     "garbage-collector-controller",
@@ -45,7 +46,13 @@ class ControlPlane(Cluster):
     runs_pods = False
 
     def __init__(
-        self, folder: Path, *, components: Path, api_server: Path | None = None, controllers: bool = True
+        self,
+        folder: Path,
+        *,
+        components: Path,
+        api_server: Path | None = None,
+        controllers: bool = True,
+        address: str = "127.0.0.1",
     ) -> None:
         """Starts it and waits until it is ready.
 
@@ -55,19 +62,22 @@ class ControlPlane(Cluster):
             api_server: another kube-apiserver.
             controllers: without them no Job makes a Pod, nothing is garbage-collected, no namespace ends, and no
                 namespace has a default service account.
+            address: of the API server.
 
         Raises:
             ControlPlaneFailed: a component ended or was not ready in time.
         """
         folder.mkdir(parents=True)
+        self.address = address
         self._components = components
         self._api_server_program = api_server or components / "kube-apiserver"
         self._etcd_port, self._peer_port, self._port, self._controllers_port = free_ports(4)
         self._running: dict[str, Process] = {}
         authority = Authority(folder / "pki")
-        authority.issue("server", common_name="kube-apiserver")
+        authority.issue("server", common_name="kube-apiserver", addresses=(address, API_SERVICE))
         authority.issue("admin", common_name="admin", organization="system:masters")
         authority.key_pair("accounts")
+        self._authority = authority
         self._pki = authority.folder
         self._root = folder
         with ExitStack() as stack:
@@ -90,21 +100,28 @@ class ControlPlane(Cluster):
             "kube-apiserver",
             self._api_server_program,
             f"--etcd-servers=http://127.0.0.1:{self._etcd_port}",
-            "--bind-address=127.0.0.1",
-            "--advertise-address=127.0.0.1",
+            f"--bind-address={self.address}",
+            f"--advertise-address={self.address}",
             f"--secure-port={self._port}",
-            "--endpoint-reconciler-type=none",
-            "--service-cluster-ip-range=10.0.0.0/24",
+            f"--service-cluster-ip-range={SERVICES}",
             f"--client-ca-file={self._pki}/ca.crt",
             f"--tls-cert-file={self._pki}/server.crt",
             f"--tls-private-key-file={self._pki}/server.key",
             f"--service-account-key-file={self._pki}/accounts.pub",
             f"--service-account-signing-key-file={self._pki}/accounts.key",
             "--service-account-issuer=https://kubernetes.default.svc",
-            "--authorization-mode=RBAC",
             "--profiling=false",
+            *self.api_server_flags(),
         )
-        self._wait("kube-apiserver", f"https://127.0.0.1:{self._port}/readyz")
+        self._wait("kube-apiserver", f"{self.url}/readyz")
+
+    def api_server_flags(self) -> tuple[str, ...]:
+        """What a cluster with a node does otherwise."""
+        return ("--authorization-mode=RBAC", "--endpoint-reconciler-type=none")
+
+    def controller_flags(self) -> tuple[str, ...]:
+        """What a cluster with a node does otherwise."""
+        return (f"--controllers={','.join(CONTROLLERS)}",)
 
     def stop_api_server(self) -> None:
         """Ends the API server as an outage does: at once, with its connections."""
@@ -152,7 +169,7 @@ class ControlPlane(Cluster):
             f"--kubeconfig={self.kubeconfig}",
             f"--service-account-private-key-file={self._pki}/accounts.key",
             f"--root-ca-file={self._pki}/ca.crt",
-            f"--controllers={','.join(CONTROLLERS)}",
+            *self.controller_flags(),
             "--leader-elect=false",
             "--bind-address=127.0.0.1",
             f"--secure-port={self._controllers_port}",
@@ -192,7 +209,7 @@ class ControlPlane(Cluster):
             "client-certificate-data": base64.b64encode((self._pki / "admin.crt").read_bytes()).decode(),
             "client-key-data": base64.b64encode((self._pki / "admin.key").read_bytes()).decode(),
         }
-        url = f"https://127.0.0.1:{self._port}"
+        url = f"https://{self.address}:{self._port}"
         return write_kubeconfig(self._root / "kubeconfig", url=url, ca=self._pki / "ca.crt", user=user)
 
 

@@ -7,6 +7,7 @@ test's time limit counts the minutes that this can take.
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.build import CONTROL_PLANE, FLOOR, CannotBuild, Module, build
+from tests.cluster.build import CONTROL_PLANE, FLOOR, HELM, CannotBuild, Module, build
 from tests.cluster.client import Cluster
 from tests.cluster.control_plane import ControlPlane
 from tests.cluster.kubelet import Kubelet
@@ -32,6 +33,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         modules.append(CONTROL_PLANE)
     if "floor" in needed:
         modules.append(FLOOR)
+    if "helm" in needed and not shutil.which("helm"):
+        modules.append(HELM)
     if modules and not session.config.option.collectonly:
         with session.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
             for module in modules:
@@ -67,6 +70,13 @@ def floor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     plane = ControlPlane(folder, components=components, api_server=oldest, controllers=False)
     yield plane
     plane.close()
+
+
+@pytest.fixture(scope="session")
+def helm() -> Path:
+    """The helm of this machine, else one that is built here."""
+    found = shutil.which("helm")
+    return Path(found) if found else _built(HELM) / "helm"
 
 
 @pytest.fixture(scope="session")

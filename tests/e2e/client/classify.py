@@ -1,0 +1,18 @@
+"""Classifies the images of a folder with a model: classify.py MODEL.ONNX FOLDER. One JSON object with the labels, by file name."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+session = onnxruntime.InferenceSession(sys.argv[1])
+labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
+answers = {}
+for path in sorted(Path(sys.argv[2]).glob("*.*")):
+    image = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))[None]
+    probabilities = session.run(["probabilities"], {"images": image})[0][0]
+    answers[path.name] = labels[int(probabilities.argmax())]
+print(json.dumps(answers))

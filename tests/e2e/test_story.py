@@ -1,0 +1,231 @@
+"""The whole job on a real cluster, as people do it: Helm, kubectl, real Pods, real training. The tests go on from each other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from PIL import Image, ImageOps
+
+from tests.cluster.aggregation import condition
+from tests.e2e.conftest import LOGS, stage
+from tests.e2e.site import HOSPITALS, Hospital, Images, Site, make_images
+from tests.e2e.space import datavector
+
+pytestmark = pytest.mark.timeout(1200)
+
+TRAINING = {"epochs": 6, "batchSize": 16, "learningRate": 0.001}
+POLICY = {
+    "method": {"name": "sum"},
+    "trigger": {"minHospitals": 2, "quietPeriodSeconds": 20},
+    "calibration": {"mode": "visit"},
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Images:
+    folder = tmp_path_factory.mktemp("images")
+    folder.chmod(0o755)
+    folder.parent.chmod(0o755)
+    return make_images(folder, each=60, test=48)
+
+
+@pytest.fixture(scope="module")
+def watched() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(scope="module")
+def site(spaces: Any, charts: Any, images: Any, tmp_path_factory: pytest.TempPathFactory, watched: ExitStack) -> Site:
+    site = Site(spaces("hub"), charts, images, tmp_path_factory.mktemp("site"))
+    with stage("aggregation site installed"):
+        site.install()
+    for kind in ("dv", "mp", "mv"):
+        watched.callback(watch(site, kind))
+    return site
+
+
+@pytest.fixture(scope="module")
+def hospitals(site: Site, spaces: Any, pictures: Images) -> dict[str, Hospital]:
+    local = site.space.cluster.is_local
+    return {
+        name: Hospital(site, spaces(name), name, folder, by_path=local and name == "north")
+        for name, folder in pictures.hospitals.items()
+    }
+
+
+def test_an_installed_site_passes_helm_test_and_says_what_to_do_next(site: Site):
+    printed = site.charts("test", "site", "--namespace=hub", "--logs")
+    assert "Phase:          Succeeded" in printed
+    record("helm-test.txt", printed)
+    assert "datavector base import" in site.charts("get", "notes", "site", "--namespace=hub")
+
+
+def test_a_base_model_and_a_policy_are_brought_in(site: Site, pictures: Images):
+    (site.folder / "classes.txt").write_text("\n".join(pictures.classes))
+    datavector(
+        "base", "create", "--architecture", "efficientnet_lite0", "--size", "128", "--classes", site.folder / "classes.txt",
+        "--output", site.folder / "base",
+    )  # fmt: skip
+    base = site.bring_base(site.folder / "base")
+    site.set_policy("brain-mri", {**POLICY, "baseModelRef": base})
+    site.space.wait(f"bm/{base}", "condition=Available")
+    site.space.until(lambda: "waiting for 2 more" in site.explain(), why=site.explain)
+
+
+def test_a_hospital_trains_and_delivers_and_stays(hospitals: dict[str, Hospital]):
+    hospitals["north"].install(training=TRAINING)
+    with stage("north trains and delivers"):
+        vector = hospitals["north"].delivered()
+    assert vector["spec"]["sampleCount"] > 0
+    ledger = hospitals["north"].run("datavector", "agent", "ledger")
+    assert "vector" in ledger
+    record("ledger.txt", ledger)
+    printed = hospitals["north"].site.charts("test", "north", "--namespace=north", "--logs")
+    assert "ready" in printed
+
+
+def test_a_second_one_comes_later_as_a_job_and_a_third_as_a_cronjob(hospitals: dict[str, Hospital]):
+    south, east = hospitals["south"], hospitals["east"]
+    south.install("job", training=TRAINING)
+    with stage("south trains and delivers"):
+        south.delivered()
+    east.install("cronjob", training=TRAINING, cronjob={"suspend": True})
+    east.space.kubectl("create", "job", "now", "--from=cronjob/east")
+    with stage("east trains and delivers"):
+        east.delivered()
+    east.space.wait("job/now", "condition=Complete")
+    (south_job,) = south.space.items("jobs")
+    south.space.wait(f"job/{south_job['metadata']['name']}", "condition=Complete")
+
+
+def test_hospitals_that_come_back_make_the_model_ready(site: Site, hospitals: dict[str, Hospital]):
+    hospitals["south"].install("deployment", training=TRAINING)  # from now on it stays
+    site.space.until(lambda: calibrating(site), why=site.explain)
+    hospitals["east"].space.kubectl("create", "job", "later", "--from=cronjob/east")
+    with stage("calibration and release"):
+        version = site.ready(*HOSPITALS, seconds=600)
+    record("ready.txt", site.space.kubectl("get", "bm,dv,mp,mv,jobs,pods", "--output=wide"))
+    record("describe.txt", site.space.kubectl("describe", f"mv/{version['metadata']['name']}"))
+
+
+def test_merge_jobs_ran_under_restricted_pod_security_and_without_a_token(site: Site):
+    pods = site.space.get("pods", "--selector=app.kubernetes.io/managed-by=datavector")["items"]
+    assert Counter(pod["status"]["phase"] for pod in pods) == {"Succeeded": 2}
+    for pod in pods:
+        spec = pod["spec"]
+        assert spec["automountServiceAccountToken"] is False
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
+
+
+def test_the_release_answers_alike_at_a_hospital_and_in_a_pod_of_onnxruntime_alone(
+    site: Site, hospitals: dict[str, Hospital], pictures: Images, tmp_path: Path
+):
+    version = site.ready(*HOSPITALS)["metadata"]["name"]
+    printed = hospitals["north"].run("datavector", "release", "fetch", "--output", "/tmp/model")
+    assert "FAIL" not in printed
+    record("fetch.txt", printed)
+    (pod,) = hospitals["north"].space.pods("app.kubernetes.io/component=agent")
+    hospitals["north"].space.kubectl("cp", f"{pod['metadata']['name']}:/tmp/model", str(tmp_path / "model"))
+
+    files = [f"--from-file={number:03}{path.suffix}={path}" for number, path in enumerate(pictures.test)]
+    site.space.kubectl("create", "configmap", "test-images", *files)
+    site.space.run(
+        "client", site.images["client"], claims={"/store": "site-store"}, maps={"/images": "test-images"},
+        command=["python", "/classify.py", f"/store/releases/{version}/1/model.onnx", "/images"],
+    )  # fmt: skip
+    site.space.wait("pod/client", "jsonpath={.status.phase}=Succeeded")
+    answers = list(json.loads(site.space.logs("client")).values())
+
+    assert answers == classify(tmp_path / "model" / "1" / "model.onnx", list(pictures.test))
+    right = np.mean([answer == label for answer, label in zip(answers, pictures.test.values(), strict=True)])
+    record("accuracy.txt", f"{version}: {right:.1%} of {len(answers)} test images\n")
+    assert right > 1.5 / len(pictures.classes), "no better than chance"
+
+
+def test_service_accounts_may_do_what_they_need_and_no_more(site: Site):
+    for account in ("receiver", "operator", "job"):
+        listed = site.space.kubectl("auth", "can-i", "--list", f"--as=system:serviceaccount:hub:site-{account}")
+        record(f"can-i-{account}.txt", listed)
+        own = [line for line in listed.splitlines()[1:] if line.split()[0].partition("/")[0] not in EVERYBODY]
+        assert not any("secrets" in line or "*" in line for line in own), listed
+        assert ("datavectors" in listed) == (account != "job")
+
+
+def test_a_withdrawal_revokes_and_the_next_model_never_had_the_vector(site: Site, hospitals: dict[str, Hospital]):
+    first = site.ready(*HOSPITALS)["metadata"]["name"]
+    vector = site.vectors()["east"]
+    blob = f"/store/blobs/east/{vector['spec']['artifact']['digest'].removeprefix('sha256:')}"
+    site.in_receiver("test", "-f", blob)
+    site.space.kubectl(
+        "patch", "dv", vector["metadata"]["name"], "--type=merge", "--patch", '{"spec":{"consent":"Withdrawn"}}'
+    )
+    site.space.wait(f"mv/{first}", "condition=Revoked")
+    with stage("the next version after a withdrawal"):
+        second = site.ready("north", "south")
+    site.space.until(lambda: site.vectors()["east"]["status"].get("erasedAt"), why=site.explain)
+    assert site.in_receiver("sh", "-c", f"test -e {blob} || echo gone").strip() == "gone"
+    assert site.in_receiver("sh", "-c", f"test -e /store/releases/{first} || echo gone").strip() == "gone"
+    assert condition(second, "Ready")["status"] == "True"
+    record("withdrawn.txt", site.space.kubectl("get", "dv,mp,mv"))
+
+
+def test_every_process_ended_its_logs_without_a_traceback(site: Site, hospitals: dict[str, Hospital]):
+    logs = {name: hospital.log() for name, hospital in hospitals.items()}
+    logs |= {part: site.space.logs(f"deploy/site-{part}") for part in ("receiver", "operator")}
+    for name, text in logs.items():
+        record(f"{name}.log", text)
+        assert "Traceback" not in text
+
+
+# --- Parts
+
+EVERYBODY = {"selfsubjectreviews.authentication.k8s.io", "selfsubjectaccessreviews.authorization.k8s.io",
+             "selfsubjectrulesreviews.authorization.k8s.io"}  # fmt: skip
+
+
+def calibrating(site: Site) -> bool:
+    return any(each.get("status", {}).get("phase") == "Calibrating" for each in site.space.items("modelversions"))
+
+
+def classify(model: Path, images: list[Path]) -> list[str]:
+    """The labels that this machine's ONNX Runtime gives."""
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
+    answers = []
+    for path in images:
+        image = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))[None]
+        answers.append(labels[int(session.run(["probabilities"], {"images": image})[0][0].argmax())])
+    return answers
+
+
+def record(name: str, text: str) -> None:
+    """Keeps a transcript."""
+    (LOGS / "story").mkdir(parents=True, exist_ok=True)
+    (LOGS / "story" / name).write_text(text)
+
+
+def watch(site: Site, kind: str) -> Any:
+    """`kubectl get KIND --watch` into a transcript; what ends it."""
+    record(f"watch-{kind}.txt", f"$ kubectl get {kind} --watch\n")
+    with (LOGS / "story" / f"watch-{kind}.txt").open("a") as output:
+        process = subprocess.Popen(
+            [site.space.cluster.program, f"--kubeconfig={site.space.cluster.kubeconfig}", "get", kind, "--watch", "--namespace=hub"],
+            stdout=output, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    def end() -> None:
+        process.terminate()
+        process.wait()
+
+    return end
