@@ -181,7 +181,9 @@ class ClusterJobs:
         if _result(job) or _ending(job) or self._stale(job) or not self._trouble(job):
             return False
         version = self._version_of(job)
-        if version is None or any(pod.get("status", {}).get("phase") == "Running" for pod in self._pods(job)):
+        if version is None or not version.status.phase.unfinished:  # it is to be stopped
+            return False
+        if any(pod.get("status", {}).get("phase") == "Running" for pod in self._pods(job)):
             return False
         stage = job["metadata"]["labels"][STAGE]
         wanted = merge_job(version, stage, self._settings(version.spec.policy_ref), self.defaults)

@@ -9,6 +9,7 @@ import yaml
 
 from aggregator.resources import BaseModelResource, BaseModelSpec, Metadata
 from aggregator.store import Store
+from datavector.errors import StoreMissing, UsageError
 
 
 def import_base(source: Path, store: Path) -> str:
@@ -19,9 +20,16 @@ def import_base(source: Path, store: Path) -> str:
 
     Raises:
         BaseModelError: the source is incomplete or altered.
-        UsageError: the store holds other files.
+        UsageError: there is no store.
         DiskFull: no space is left.
     """
+    try:
+        Store(store, read_only=True).check()
+    except StoreMissing as error:
+        raise UsageError(
+            f"{store} is no aggregator's store",
+            remedy="give the folder that `datavector aggregator` or `datavector receiver` made for it when it started",
+        ) from error
     base = Store(store).import_base(source)
     spec = BaseModelSpec(
         architecture=base.architecture,

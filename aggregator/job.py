@@ -5,7 +5,7 @@ release  restores the BatchNorm statistics and exports the release
 
 A stage reads the store, writes its result atomically and reports last, so a stage that was killed is simply run
 again. The last line on stderr says why a stage failed. Exit codes: 0 done, 1 failed, 2 used wrongly, 3 failed for a
-reason that may pass by itself, such as a full disk.
+reason that may pass by itself, such as a full disk, or crashed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def main() -> None:
         code, said = EXIT_PASSING, str(error) or type(error).__name__
     except DataVectorError as error:
         code, said = error.exit_code, str(error)
+    except Exception as error:  # a fault of this program: the next version of it, or the next try, may do better
+        traceback.print_exc()
+        code, said = EXIT_PASSING, f"{type(error).__name__}: {error}".splitlines()[0]
     if code:
         print(said, file=sys.stderr)
     if arguments.termination_log:

@@ -59,7 +59,6 @@ PAUSE = timedelta(seconds=10)  # after a full disk or the like
 _NONE = Vectors()
 ORPHANS = "versions without a policy"
 OBJECTS = "what the objects say"
-WITHDRAWALS = "withdrawals"
 GRACE = timedelta(days=1)  # for files without an object
 COLLECT_EVERY = timedelta(minutes=10)
 
@@ -203,9 +202,12 @@ class Reconciler:
 
     def _without_store(self, error: StoreMissing, outcome: Outcome) -> datetime:
         """Revokes what was withdrawn, for which objects suffice, and says on every policy why nothing else is done."""
-        for version in revocations(self.registry.vectors(), self.registry.versions(), utc_now()):
-            self._carry_out(Save(version))
         faults: dict[str, Exception] = {OBJECTS: error}
+        for version in revocations(self.registry.vectors(), self.registry.versions(), utc_now()):
+            try:
+                self._carry_out(Save(version))
+            except Exception as reason:
+                faults[_revocation(version)] = reason
         self._settle([], faults)
         outcome.faults = len(faults)
         return utc_now() + PAUSE
@@ -288,10 +290,10 @@ class Reconciler:
             faults: of the parts that failed, which are left out.
         """
         now, versions = utc_now(), self.registry.versions()
-        # Whatever became of their policies: as long as one is not Revoked, nothing else is done.
-        revoked: list[Action] = [Save(version) for version in revocations(self._vectors, versions, now)]
-        if revoked and WITHDRAWALS not in faults:
-            return {WITHDRAWALS: revoked}
+        # Whatever became of their policies: nothing else is done before it was tried to revoke each of them.
+        revoked = {_revocation(version): version for version in revocations(self._vectors, versions, now)}
+        if untried := {name: version for name, version in revoked.items() if name not in faults}:
+            return {name: [Save(version)] for name, version in untried.items()}
         tracks: dict[str, list[Action]] = {OBJECTS: self._states(versions, now)}
         if all(world.policy.name not in faults for world in worlds) and len(worlds) == len(self.registry.policies()):
             tracks |= self._erasing(worlds, versions, now)
@@ -299,7 +301,8 @@ class Reconciler:
         tracks[ORPHANS] = abandon((version for version in versions if version.spec.policy_ref not in names), now)
         failures, troubles = self.jobs.failures(), self.jobs.troubles()
         for world in worlds:
-            tracks[world.policy.name] = _news_of_jobs(world, failures, troubles, now) or plan(world, now)
+            planned = _news_of_jobs(world, failures, troubles, now) or plan(world, now)
+            tracks[world.policy.name] = [each for each in planned if not _makes(each, revoked.values())]
         return {name: actions for name, actions in tracks.items() if name not in faults}
 
     def _states(self, versions: list[ModelVersion], now: datetime) -> list[Action]:
@@ -422,7 +425,10 @@ class Reconciler:
                 self._tell(vector, "Erased", "")
 
     def _version(self, name: str) -> ModelVersion:
-        return next(version for version in self.registry.versions() if version.name == name)
+        found = next((version for version in self.registry.versions() if version.name == name), None)
+        if found is None:  # since the plan was made
+            raise ApiConflict(f"{ModelVersion.kind_name} {name}", "it was deleted")
+        return found
 
     def _log_fault(self, error: Exception) -> None:
         """Logs a fault, and the same one again only when it was tried again in its time."""
@@ -471,6 +477,14 @@ def _refusal(policy: MergePolicy) -> str:
     except ConfigError as error:
         return str(error)
     return ""
+
+
+def _makes(action: Action, versions: Collection[ModelVersion]) -> bool:
+    return isinstance(action, RunJob) and action.version in {version.name for version in versions}
+
+
+def _revocation(version: ModelVersion) -> str:
+    return f"the revocation of {version.name}"
 
 
 def _subject(action: Action) -> str:

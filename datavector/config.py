@@ -63,9 +63,13 @@ def load_settings(
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        problems = "; ".join(_problem(kind, each["loc"], each["type"], each["msg"]) for each in error.errors())
+        variables = prefix if file is None else ""
+        problems = "; ".join(
+            _problem(kind, each["loc"], each["type"], each["msg"], variables) for each in error.errors()
+        )
+        where = "in the environment, in a configuration file (--config)" if variables else "in the configuration file"
         raise ConfigError(
-            f"settings are missing or wrong: {problems}", remedy="set them in the configuration file or as flags"
+            f"settings are missing or wrong: {problems}", remedy=f"set them {where} or as flags"
         ) from error
 
 
@@ -99,18 +103,27 @@ def _section(kind: type[Section], key: str) -> type[Section] | None:
     return None
 
 
-def _problem(kind: type[Section], path: tuple[int | str, ...], problem: str, message: str) -> str:
-    """A sentence about one setting: of a group that is missing, its settings; of a wrong form, the right one."""
+def _problem(kind: type[Section], path: tuple[int | str, ...], problem: str, message: str, prefix: str) -> str:
+    """A sentence about one setting: of a group that is missing, its settings; of a wrong form, the right one.
+
+    Args:
+        prefix: of the environment variables that are named beside the settings; empty for none.
+    """
     names = [str(name) for name in path]
-    where, last = ".".join(names), names[-1]
+    where, last = _named(names, prefix), names[-1]
     for name in names[:-1]:
         kind = _section(kind, name) or kind
     if problem == "missing" and (group := _section(kind, last)):
-        needed = [f"{where}.{name}" for name, field in group.model_fields.items() if field.is_required()]
+        needed = [_named([*names, name], prefix) for name, field in group.model_fields.items() if field.is_required()]
         return f"{', '.join(needed)}: fields required"
     if problem == "string_pattern_mismatch" and (description := kind.model_fields[last].description):
         return f"{where} must be {description}"
     return f"{where}: {message[0].lower()}{message[1:]}"
+
+
+def _named(names: list[str], prefix: str) -> str:
+    """A setting by its dotted name, and its environment variable where there is a prefix."""
+    return ".".join(names) + (f" ({prefix}{'__'.join(names).upper()})" if prefix else "")
 
 
 def _nearest(key: str, kind: type[Section]) -> str:

@@ -260,7 +260,8 @@ class ApiForbidden(ClusterError):
 
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(
-            f"not allowed to {what} ({reason})", remedy="give the service account the Role of charts/aggregator"
+            f"not allowed to {what} ({reason})",
+            remedy="give the service account the Role of charts/aggregator: run helm upgrade with that of this version",
         )
 
 
@@ -270,7 +271,7 @@ class ApiRejected(ClusterError):
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(
             f"the API server refuses {what} ({reason})",
-            remedy="if it does not know a field, apply charts/crds of this version",
+            remedy="if it does not know a field, run helm upgrade with charts/crds of this version",
         )
 
 
@@ -280,7 +281,7 @@ class ObjectMissing(ClusterError):
     def __init__(self, kind: str, name: str, reason: str) -> None:
         super().__init__(
             f"{kind} {name} is not there ({reason})".replace("  ", " "),
-            remedy="if the kind is unknown, apply charts/crds; an object may have been deleted by hand",
+            remedy="if the kind is unknown, run helm install with charts/crds; an object may have been deleted by hand",
         )
 
 
@@ -291,5 +292,6 @@ class CrdOutdated(ClusterError):
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         super().__init__(
             f"the cluster's CustomResourceDefinitions are older than this program: they lack {shown}",
-            remedy="kubectl apply --server-side -f charts/crds/templates (of this version); the operator then goes on",
+            remedy="run helm upgrade with charts/crds of this version (or kubectl apply --server-side -f "
+            "charts/crds/templates); the operator then goes on",
         )

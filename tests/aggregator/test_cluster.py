@@ -126,5 +126,7 @@ def test_what_was_deleted_in_an_outage_is_gone_after_it(cluster, namespace, api,
 
 
 def test_a_kind_that_is_not_installed_is_named_with_what_to_do(api):
-    with pytest.raises(ObjectMissing, match=r"strangers\.datavector\.dev is not there .* apply charts/crds"):
+    with pytest.raises(
+        ObjectMissing, match=r"strangers\.datavector\.dev is not there .* helm install with charts/crds"
+    ):
         api.list(Kind("apis/datavector.dev/v1alpha1", "strangers"), print)

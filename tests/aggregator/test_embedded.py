@@ -12,15 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from aggregator.embedded import ChildJobs
+from aggregator.reconcile import RunJob
+from aggregator.reconciler import Reconciler
 from aggregator.registry import SqliteRegistry
 from aggregator.resources import Consent, Phase
 from aggregator.store import Store
-from datavector.errors import DiskFull
+from datavector.errors import ApiConflict, ApiRejected, DiskFull
 from datavector.files import sha256_file
 from datavector.model import BaseModel
 from datavector.networks import create_base
 from datavector.release import verify_release
-from tests.aggregator.objects import policy
+from tests.aggregator.objects import policy, vector, version
 from tests.aggregator.reconciling import reconciling, wait_for_merge
 from tests.integration.processes import children, command_line
 
@@ -311,3 +314,48 @@ async def test_from_arrivals_to_ready_and_after_a_withdrawal_to_what_never_had_t
             await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
         (undisturbed,) = never.versions()
         assert sha256_file(other.merged(undisturbed.name)) == sha256_file(store.merged(second.name))
+
+
+# --- One object that cannot be written ------------------------------------------------------------------------
+
+
+class Refusing(SqliteRegistry):
+    """A registry that refuses to save objects of these names, as an API server may."""
+
+    refused: frozenset[str] = frozenset()
+
+    def save(self, *changed):
+        for resource in changed:
+            if resource.name in self.refused:
+                raise ApiRejected(resource.name, "as the test says")
+        super().save(*changed)
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["with its store", "without its store"])
+@pytest.mark.parametrize("refused", [0, 1])
+def test_a_revocation_that_cannot_be_saved_holds_up_no_other(store, tmp_path, refused, lost):
+    north, south, east, west = (vector(name, at=0) for name in ("north", "south", "east", "west"))
+    policies = policy("one"), policy("two")
+    versions = [version(policies[0], north, south), version(policies[1], east, west)]
+    with contextlib.closing(Refusing(tmp_path / "objects.sqlite")) as registry:
+        registry.set_policies(policies)
+        for each in (north, south, east, west):
+            registry.add_vector(each)
+        for each in versions:
+            registry.add_version(each)
+        registry.save(vector("north", withdrawn=True), vector("east", withdrawn=True))
+        if lost:
+            (store.root / ".datavector-aggregator").unlink()
+        registry.refused = frozenset({versions[refused].name})
+        Reconciler(store, registry, ChildJobs(store.root)).reconcile()
+        phases = {each.name: each.status.phase for each in registry.versions()}
+        assert phases[versions[1 - refused].name] is Phase.REVOKED
+        assert phases[versions[refused].name] is not Phase.REVOKED
+
+
+def test_a_version_that_is_deleted_before_its_job_is_started_is_planned_with_anew(store, tmp_path):
+    with (
+        contextlib.closing(SqliteRegistry(tmp_path / "objects.sqlite")) as registry,
+        pytest.raises(ApiConflict, match="ModelVersion brain-1 has changed meanwhile"),
+    ):
+        Reconciler(store, registry, ChildJobs(store.root))._carry_out(RunJob("brain-1", "merge"))

@@ -249,3 +249,12 @@ def test_a_release_of_a_network_that_nobody_knows_fails_with_a_sentence(store, s
     assert "cannot be built" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
     assert not store.release(version.name).exists()
+
+
+def test_a_crash_is_tried_again_and_shows_where_it_was(store, start):
+    version = start()
+    (store.version(version.name) / "version.json").write_text("{")
+    done = run(store, version, "merge")
+    assert done.returncode == EXIT_PASSING
+    assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("JSONDecodeError: ")

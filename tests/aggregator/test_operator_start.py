@@ -21,7 +21,7 @@ def start(folder: Path, **settings: str) -> subprocess.CompletedProcess[str]:
 def test_missing_settings_are_named(tmp_path):
     ended = start(tmp_path)
     assert ended.returncode == 2
-    assert "settings are missing or wrong: store: field required; store_claim: field required" in ended.stderr
+    assert "settings are missing or wrong: store (DATAVECTOR_OPERATOR_STORE): field required; " in ended.stderr
     assert "Traceback" not in ended.stderr
 
 

@@ -170,3 +170,12 @@ def test_an_aggregator_has_limits_of_its_own(tmp_path):
     settings = load_settings(AggregatorSettings, file, {}, prefix="X_", environment={})
     assert (settings.store, settings.limits.idle_timeout_seconds) == (tmp_path / "s", 3)
     assert settings.tls.trust_domain == "datavector.local"
+
+
+def test_without_a_file_the_environment_variables_of_settings_are_named(load):
+    with pytest.raises(
+        ConfigError, match=r"name \(CAR_NAME\): field required; engine\.power \(CAR_ENGINE__POWER\): input"
+    ):
+        load(None, {"CAR_ENGINE__POWER": "-1"})
+    with pytest.raises(ConfigError, match=r"wrong: name: field required; set them in the configuration file"):
+        load("")

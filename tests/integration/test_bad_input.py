@@ -263,8 +263,8 @@ CASES: dict[str, Bad] = {
         2,
         (
             "settings are missing or wrong",
-            "hospital: field required",
-            "tls.certificate, tls.key, tls.ca: fields required",
+            "aggregator (DATAVECTOR_AGENT_AGGREGATOR): field required",
+            "tls.certificate (DATAVECTOR_AGENT_TLS__CERTIFICATE), tls.key (",
         ),
         lambda at: ["agent"],
     ),
