@@ -6,7 +6,7 @@ READY  := $(VENV)/.ready
 STUBS  := datavector/wire/v1
 OUT    ?= demo-out
 
-.PHONY: demo test check bench stubs crds format clean
+.PHONY: demo test e2e check bench stubs crds values constraints format clean
 
 demo: $(READY)          ## from images to one merged ONNX model, in minutes
 	$(BIN)/datavector demo --output $(OUT)
@@ -14,13 +14,18 @@ demo: $(READY)          ## from images to one merged ONNX model, in minutes
 test: $(READY)          ## every test
 	$(BIN)/pytest
 
-check: $(READY)         ## style, types, architecture, generated code
+e2e: $(READY)           ## the whole story with real Pods: on KUBECONFIG's cluster, on kind, or on a node built here
+	$(BIN)/pytest tests/e2e
+
+check: $(READY)         ## style, types, architecture, generated code, charts
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/check_stubs.py
 	$(BIN)/python tests/check_crds.py
+	$(BIN)/python tests/charts/check_values.py
+	$(BIN)/python -m tests.charts.lint
 
 bench: $(READY)         ## tables of measured speed; asserts nothing
 	$(BIN)/python -m bench
@@ -34,6 +39,13 @@ stubs: $(READY)         ## datavector/wire/v1 from proto/
 
 crds: $(READY)          ## charts/crds/templates from aggregator/resources.py
 	$(BIN)/python tests/check_crds.py --write
+
+values: $(READY)        ## the tables of values in charts/*/README.md, from values.yaml
+	$(BIN)/python tests/charts/check_values.py --write
+
+constraints: $(READY)   ## images/constraints.txt, at the newest versions that pyproject.toml allows
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra efficientnet --upgrade \
+	  --no-annotate --no-header --output-file images/constraints.txt pyproject.toml
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed")'

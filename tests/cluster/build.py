@@ -109,7 +109,9 @@ def _compile(module: Module, folder: Path) -> None:
 
 
 def _what(module: Module) -> str:
-    return f"Kubernetes ({module.name})" if module.links else ", ".join(each.rpartition("/")[2] for each in module.packages)
+    if module.links:
+        return f"Kubernetes ({module.name})"
+    return ", ".join(package.rpartition("/")[2] for package in module.packages)
 
 
 def _kubernetes_version(module: Module) -> str:

@@ -24,7 +24,9 @@ BASE = "docker.io/library/python:3.11-slim-bookworm"
 
 # What a package client needs to know of this machine, lent to the build and never copied into an image.
 _CLIENT_SETTINGS = ("/etc/ssl/certs", "/usr/local/share/ca-certificates", "/etc/pip.conf")
-_BASE_LEAVES_OUT = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale")
+_LEFT_OUT = ("var/cache/apt", "var/lib/apt/lists", *(f"usr/share/{each}" for each in ("doc", "man", "info", "locale")))
+_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+_INDEXES = {"PACKAGE_INDEX": ("UV_DEFAULT_INDEX", "PIP_INDEX_URL"), "TORCH_INDEX": ("TORCH_INDEX",)}
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,8 @@ def load_into_node(node: Node, images: Sequence[Image] = IMAGES) -> None:
     """Brings what buildah has built to a node that does not have it yet; layers that images share, and that were there before, are not sent again."""
     record = cache() / "containerd" / "images.json"
     known = json.loads(record.read_text()) if record.exists() else {}
-    built = {image.tag: _run("buildah", "inspect", "--format", "{{.FromImageID}}", image.tag).strip() for image in images}
+    inspect = ("buildah", "inspect", "--format", "{{.FromImageID}}")
+    built = {image.tag: _run(*inspect, image.tag).strip() for image in images}
     there = node.ctr("images", "ls", "-q").split()
     wanted = [tag for tag, digest in built.items() if tag not in there or known.get(tag) != digest]
     if wanted:
@@ -122,7 +125,7 @@ def _arguments(image: Image) -> list[str]:
     arguments = ["--file", str(PROJECT / image.folder / image.dockerfile)]
     if image.target:
         arguments += ["--target", image.target]
-    for name, variables in {"PACKAGE_INDEX": ("UV_DEFAULT_INDEX", "PIP_INDEX_URL"), "TORCH_INDEX": ("TORCH_INDEX",)}.items():
+    for name, variables in _INDEXES.items():
         if value := next((os.environ[each] for each in variables if os.environ.get(each)), ""):
             arguments += ["--build-arg", f"{name}={value}"]
     return arguments
@@ -139,12 +142,12 @@ def _demand_base() -> None:
     with tempfile.TemporaryDirectory(prefix="base-") as folder:
         packages = "python3,python3-venv,ca-certificates"
         _run("debootstrap", "--variant=minbase", f"--include={packages}", "bookworm", folder)
-        for path in _BASE_LEAVES_OUT:
+        for path in _LEFT_OUT:
             shutil.rmtree(Path(folder) / path, ignore_errors=True)
         (Path(folder) / "usr/bin/python").symlink_to("python3")
         with _mounted() as (container, root):
             _run("cp", "--archive", f"{folder}/.", root)
-            _run("buildah", "config", "--env", "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", container)
+            _run("buildah", "config", "--env", f"PATH={_PATH}", container)
             _run("buildah", "commit", "--quiet", container, BASE)
 
 

@@ -1,7 +1,7 @@
-"""A whole Kubernetes with one node on this machine: real Pods in containerd. Needs root, and Debian's packages in `apt`.
+"""A whole Kubernetes with one node on this machine: real Pods in containerd. Needs root, and Debian's packages.
 
-One at a time: it has a bridge, a packet filter table and a folder of fixed names. What a killed run left is removed by the next.
-No NetworkPolicy controller runs: policies are accepted, and not enforced.
+One at a time: it has a bridge, a packet filter table and a folder of fixed names. What a killed run left is removed by
+the next. No NetworkPolicy controller runs: policies are accepted, and not enforced.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from tests.cluster.build import CannotBuild, cache
 from tests.cluster.control_plane import POLL_SECONDS, SECONDS_TO_START, ControlPlane, ControlPlaneFailed
 from tests.cluster.volumes import STORAGE_CLASS, Volumes
 
-PACKAGES = ("containerd", "runc", "containernetworking-plugins", "nftables", "iproute2", "busybox-static", "buildah", "docker-registry")
+PACKAGES = (
+    "containerd", "runc", "containernetworking-plugins", "nftables", "iproute2", "busybox-static", "buildah",
+    "docker-registry", "debootstrap",
+)  # fmt: skip
 PROGRAMS = ("containerd", "ctr", "runc", "nft", "ip", "busybox", "buildah", "docker-registry")
 
 RUN = Path("/run/datavector-node")
@@ -74,6 +77,7 @@ _COREDNS = """
   }}
 }}
 """
+
 
 def demand_node() -> None:
     """

@@ -1,7 +1,7 @@
 """What end-to-end tests stand on: one real cluster with nodes for the whole run, our images in it, helm.
 
 KUBECONFIG names a file: that cluster. Else kind, where Docker runs; else a node built from sources, where this machine
-allows it. Else the tests are skipped, and say why. All of that is prepared before the first test, so no time limit counts it.
+allows it. Else the tests are skipped, and say why. All that is made before the first test, so no time limit counts it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,18 @@ import pytest
 
 from tests.cluster.build import CONTROL_PLANE, HELM, NODE, CannotBuild, build, cache, locked
 from tests.cluster.client import Cluster
-from tests.cluster.images import AGENT, CLIENT, CONTROL, IMAGES, JOB, build_images, docker_runs, load_into_kind, load_into_node, size
+from tests.cluster.images import (
+    AGENT,
+    CLIENT,
+    CONTROL,
+    IMAGES,
+    JOB,
+    build_images,
+    docker_runs,
+    load_into_kind,
+    load_into_node,
+    size,
+)
 from tests.cluster.node import Node, demand_node
 from tests.e2e.space import Helm, Space
 
@@ -37,9 +48,8 @@ class Kind(Cluster):
     def __init__(self, folder: Path) -> None:
         kubeconfig = folder / "kubeconfig"
         image = [f"--image={os.environ['KIND_NODE_IMAGE']}"] if os.environ.get("KIND_NODE_IMAGE") else []
-        subprocess.run(
-            ["kind", "create", "cluster", f"--name={KIND}", f"--kubeconfig={kubeconfig}", "--wait=180s", *image], check=True
-        )
+        create = ["kind", "create", "cluster", f"--name={KIND}", f"--kubeconfig={kubeconfig}", "--wait=180s", *image]
+        subprocess.run(create, check=True)
         super().__init__(kubeconfig, folder)
 
     def close(self) -> None:
@@ -48,7 +58,8 @@ class Kind(Cluster):
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     global _ready
-    if session.config.option.collectonly or not any("cluster" in getattr(each, "fixturenames", ()) for each in session.items):
+    wanted = any("cluster" in getattr(item, "fixturenames", ()) for item in session.items)
+    if not wanted or session.config.option.collectonly:
         return
     with session.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         try:

@@ -37,7 +37,8 @@ class Site:
 
     def give_secret(self, space: Space, name: str, *whose: str) -> None:
         """A certificate as a Secret, as `datavector certs secret` prints it."""
-        space.kubectl("apply", "-f", "-", input=datavector("certs", "secret", "--authority", self.certificates, "--name", name, *whose))
+        secret = datavector("certs", "secret", "--authority", self.certificates, "--name", name, *whose)
+        space.kubectl("apply", "-f", "-", input=secret)
 
     def install(self, **values: Any) -> str:
         """Installs or upgrades the chart; its notes."""
@@ -54,6 +55,15 @@ class Site:
         for part in ("receiver", "operator"):
             self.space.rolled_out(f"{RELEASE}-{part}")
         return notes
+
+    def make_base(self, architecture: str, *, size: int, classes: list[str]) -> Path:
+        """A base model, as a folder on this machine."""
+        labels, base = self.folder / "classes.txt", self.folder / "base"
+        labels.write_text("\n".join(classes))
+        datavector(
+            "base", "create", "--architecture", architecture, "--size", str(size), "--classes", labels, "--output", base
+        )
+        return base
 
     def bring_base(self, base: Path) -> str:
         """Copies a base model into the store as the chart's notes say; its object's name."""
@@ -126,7 +136,9 @@ class Hospital:
         """Waits until its vector is an object at the aggregation site."""
         return dict(
             self.site.space.until(
-                lambda: self.site.vectors().get(self.name), seconds=seconds, why=lambda: self.log() + self.site.explain()
+                lambda: self.site.vectors().get(self.name),
+                seconds=seconds,
+                why=lambda: self.log() + self.site.explain(),
             )
         )
 

@@ -15,7 +15,10 @@ from tests.cluster.fixtures import RESTRICTED
 PATIENCE = 300.0  # seconds, for whatever a Pod does
 
 _CONFINED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
-_USER = {"runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001, "seccompProfile": {"type": "RuntimeDefault"}}
+_USER = {
+    "runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001,
+    "seccompProfile": {"type": "RuntimeDefault"},
+}  # fmt: skip
 
 
 class Helm:
@@ -29,9 +32,12 @@ class Helm:
         """Raises HelmFailed, with what it printed."""
         return run_helm(self._program, *args, kubeconfig=self._cluster.kubeconfig, **options)
 
-    def install(self, release: str, chart: str, *args: str, namespace: str, values: dict[str, Any] | None = None) -> str:
+    def install(
+        self, release: str, chart: str, *args: str, namespace: str, values: dict[str, Any] | None = None
+    ) -> str:
         """Installs or upgrades a release; what helm printed, which ends with the chart's notes."""
-        return self("upgrade", "--install", release, str(CHARTS / chart), f"--namespace={namespace}", *args, values=values or {})
+        place = f"--namespace={namespace}"
+        return self("upgrade", "--install", release, str(CHARTS / chart), place, *args, values=values or {})
 
 
 class Space(Namespace):
@@ -62,7 +68,15 @@ class Space(Namespace):
     def rolled_out(self, deployment: str) -> None:
         self.kubectl("rollout", "status", f"deploy/{deployment}", f"--timeout={PATIENCE:.0f}s")
 
-    def run(self, name: str, image: str, *, command: list[str], claims: dict[str, str] | None = None, maps: dict[str, str] | None = None) -> None:
+    def run(
+        self,
+        name: str,
+        image: str,
+        *,
+        command: list[str],
+        claims: dict[str, str] | None = None,
+        maps: dict[str, str] | None = None,
+    ) -> None:
         """Makes a restricted Pod that runs a command once.
 
         Args:
@@ -74,11 +88,13 @@ class Space(Namespace):
         volumes = [{"name": f"volume-{number}", **source} for number, source in enumerate(sources.values())]
         mounts = [{"name": f"volume-{number}", "mountPath": path} for number, path in enumerate(sources)]
         container = {
-            "name": "main", "image": image, "imagePullPolicy": "IfNotPresent", "command": command, "securityContext": _CONFINED,
+            "name": "main", "image": image, "imagePullPolicy": "IfNotPresent", "command": command,
+            "securityContext": _CONFINED,
             "volumeMounts": [*mounts, {"name": "tmp", "mountPath": "/tmp"}],
         }  # fmt: skip
         spec = {
-            "restartPolicy": "Never", "automountServiceAccountToken": False, "securityContext": _USER, "containers": [container],
+            "restartPolicy": "Never", "automountServiceAccountToken": False, "securityContext": _USER,
+            "containers": [container],
             "volumes": [*volumes, {"name": "tmp", "emptyDir": {}}], "terminationGracePeriodSeconds": 1,
         }  # fmt: skip
         self.apply({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec})

@@ -1,4 +1,7 @@
-"""The whole job on a real cluster, as people do it: Helm, kubectl, real Pods, real training. The tests go on from each other."""
+"""The whole job on a real cluster, as people do it: Helm, kubectl, real Pods, real training.
+
+Each test goes on from the one before it.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,6 @@ from PIL import Image, ImageOps
 from tests.cluster.aggregation import condition
 from tests.e2e.conftest import LOGS, stage
 from tests.e2e.site import HOSPITALS, Hospital, Images, Site, make_images
-from tests.e2e.space import datavector
 
 pytestmark = pytest.mark.timeout(1200)
 
@@ -71,12 +73,7 @@ def test_an_installed_site_passes_helm_test_and_says_what_to_do_next(site: Site)
 
 
 def test_a_base_model_and_a_policy_are_brought_in(site: Site, pictures: Images):
-    (site.folder / "classes.txt").write_text("\n".join(pictures.classes))
-    datavector(
-        "base", "create", "--architecture", "efficientnet_lite0", "--size", "128", "--classes", site.folder / "classes.txt",
-        "--output", site.folder / "base",
-    )  # fmt: skip
-    base = site.bring_base(site.folder / "base")
+    base = site.bring_base(site.make_base("efficientnet_lite0", size=128, classes=pictures.classes))
     site.set_policy("brain-mri", {**POLICY, "baseModelRef": base})
     site.space.wait(f"bm/{base}", "condition=Available")
     site.space.until(lambda: "waiting for 2 more" in site.explain(), why=site.explain)
@@ -119,9 +116,11 @@ def test_hospitals_that_come_back_make_the_model_ready(site: Site, hospitals: di
 
 
 def test_merge_jobs_ran_under_restricted_pod_security_and_without_a_token(site: Site):
-    pods = site.space.get("pods", "--selector=app.kubernetes.io/managed-by=datavector")["items"]
-    assert Counter(pod["status"]["phase"] for pod in pods) == {"Succeeded": 2}
-    for pod in pods:
+    def ended() -> list[Any]:
+        pods = site.space.pods("app.kubernetes.io/managed-by=datavector")
+        return pods if Counter(pod["status"]["phase"] for pod in pods) == {"Succeeded": 2} else []
+
+    for pod in site.space.until(ended, why=site.explain):
         spec = pod["spec"]
         assert spec["automountServiceAccountToken"] is False
         assert spec["securityContext"]["runAsNonRoot"] is True
@@ -218,11 +217,10 @@ def record(name: str, text: str) -> None:
 def watch(site: Site, kind: str) -> Any:
     """`kubectl get KIND --watch` into a transcript; what ends it."""
     record(f"watch-{kind}.txt", f"$ kubectl get {kind} --watch\n")
+    cluster = site.space.cluster
+    kubectl = [cluster.program, f"--kubeconfig={cluster.kubeconfig}", f"--namespace={site.space.name}"]
     with (LOGS / "story" / f"watch-{kind}.txt").open("a") as output:
-        process = subprocess.Popen(
-            [site.space.cluster.program, f"--kubeconfig={site.space.cluster.kubeconfig}", "get", kind, "--watch", "--namespace=hub"],
-            stdout=output, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        process = subprocess.Popen([*kubectl, "get", kind, "--watch"], stdout=output, stderr=subprocess.STDOUT)
 
     def end() -> None:
         process.terminate()

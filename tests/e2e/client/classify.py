@@ -1,4 +1,4 @@
-"""Classifies the images of a folder with a model: classify.py MODEL.ONNX FOLDER. One JSON object with the labels, by file name."""
+"""Classifies the images of a folder: classify.py MODEL.ONNX FOLDER. Prints a JSON object: the label of each file."""
 
 import json
 import sys
