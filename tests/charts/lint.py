@@ -1,4 +1,4 @@
-"""`helm lint --strict` of every chart, each with the values that it cannot do without: `python -m tests.charts.lint`."""
+"""`helm lint --strict` of every chart, each with the values that it needs: `python -m tests.charts.lint`."""
 
 from __future__ import annotations
 

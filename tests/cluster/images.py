@@ -72,7 +72,7 @@ def build_images(images: Sequence[Image] = IMAGES) -> None:
 
 
 def load_into_node(node: Node, images: Sequence[Image] = IMAGES) -> None:
-    """Brings what buildah has built to a node that does not have it yet; layers that images share, and that were there before, are not sent again."""
+    """Brings what buildah has built to a node that does not have it; layers that it has are not sent again."""
     record = cache() / "containerd" / "images.json"
     known = json.loads(record.read_text()) if record.exists() else {}
     inspect = ("buildah", "inspect", "--format", "{{.FromImageID}}")

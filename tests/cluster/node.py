@@ -106,6 +106,7 @@ class Node(ControlPlane):
         Raises:
             ControlPlaneFailed: a component ended or was not ready in time.
         """
+        self._volumes: Volumes | None = None
         remove_leftovers()
         RUN.mkdir(mode=0o700)
         folder = RUN / "cluster"  # below RUN, so that a later run knows the processes by their command lines
@@ -152,6 +153,8 @@ class Node(ControlPlane):
         self.ctr("tasks", "kill", "--signal", "SIGKILL", found[-1])
 
     def close(self) -> None:
+        if self._volumes:
+            self._volumes.close()
         for name in ("kubelet", "kube-proxy", "coredns", "kube-scheduler"):
             if name in self._running:
                 self._running.pop(name).end()
@@ -184,7 +187,7 @@ class Node(ControlPlane):
         (folder / "Corefile").write_text(_COREDNS.format(gateway=GATEWAY, kubeconfig=self.kubeconfig))
         self._run("coredns", programs / "coredns", "-conf", folder / "Corefile")
         self.kubectl("create", "-f", "-", input=STORAGE_CLASS)
-        Volumes(self.kubeconfig, RUN / "volumes")
+        self._volumes = Volumes(self.kubeconfig, RUN / "volumes")
         self.kubectl("wait", "--for=create", f"node/{NAME}", "--timeout=60s")
         self.kubectl("wait", "--for=condition=Ready", f"node/{NAME}", "--timeout=60s")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import urllib3
 from kubernetes import client, config, watch
 
+POLL_SECONDS = 0.1
 PROVISIONER = "tests.datavector.dev/folder"
 STORAGE_CLASS: dict[str, Any] = {
     "apiVersion": "storage.k8s.io/v1",
@@ -21,7 +23,7 @@ STORAGE_CLASS: dict[str, Any] = {
 
 
 class Volumes:
-    """Provides volumes in a thread until the API server ends."""
+    """Provides volumes in a thread until it is closed."""
 
     def __init__(self, kubeconfig: Path, folder: Path) -> None:
         """Args:
@@ -29,10 +31,14 @@ class Volumes:
         """
         self._api = client.CoreV1Api(config.new_client_from_config(str(kubeconfig)))
         self._folder = folder
+        self._closing = threading.Event()
         threading.Thread(target=self._follow, name="volumes", daemon=True).start()
 
+    def close(self) -> None:
+        self._closing.set()
+
     def _follow(self) -> None:
-        while True:
+        while not self._closing.wait(POLL_SECONDS):
             try:
                 for event in watch.Watch().stream(self._api.list_persistent_volume_claim_for_all_namespaces):
                     claim = event["object"]
@@ -40,10 +46,8 @@ class Volumes:
                         self._release(claim.spec.volume_name)
                     elif claim.status.phase == "Pending" and claim.spec.storage_class_name == "standard":
                         self._provide(claim)
-            except client.ApiException:
-                continue  # it was asked to begin anew
-            except (urllib3.exceptions.HTTPError, OSError):
-                return  # the cluster is gone
+            except (client.ApiException, urllib3.exceptions.HTTPError, OSError):
+                continue  # the list begins anew: what was provided already is left as it is
 
     def _provide(self, claim: Any) -> None:
         name = f"pvc-{claim.metadata.uid}"
@@ -72,5 +76,6 @@ class Volumes:
 
     def _release(self, name: str) -> None:
         if (self._folder / name).is_dir():
-            self._api.delete_persistent_volume(name)
+            with contextlib.suppress(client.ApiException):  # it is gone already
+                self._api.delete_persistent_volume(name)
             shutil.rmtree(self._folder / name, ignore_errors=True)

@@ -34,10 +34,7 @@ POLICY = {
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Images:
-    folder = tmp_path_factory.mktemp("images")
-    folder.chmod(0o755)
-    folder.parent.chmod(0o755)
-    return make_images(folder, each=60, test=48)
+    return make_images(tmp_path_factory.mktemp("images"), each=60, test=48)
 
 
 @pytest.fixture(scope="module")
