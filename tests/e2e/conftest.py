@@ -148,7 +148,7 @@ class Spaces:
 
     def remove(self) -> None:
         if self._names:
-            self._cluster.kubectl("delete", "namespace", *self._names, "--wait=true", "--timeout=180s", check=False)
+            self._cluster.kubectl("delete", "namespace", *self._names, "--wait=false")
 
 
 @contextmanager

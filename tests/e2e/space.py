@@ -65,6 +65,14 @@ class Space(Namespace):
         """As `kubectl wait --for=condition=...`."""
         return self.kubectl("wait", f"--for={condition}", what, f"--timeout={seconds:.0f}s")
 
+    def answer(self, pod: str) -> str:
+        """What a Pod that runs once has printed, once it has ended well."""
+
+        self.until(lambda: self.get("pod", pod)["status"]["phase"] in ("Succeeded", "Failed"), seconds=PATIENCE)
+        said = self.logs(pod)
+        assert self.get("pod", pod)["status"]["phase"] == "Succeeded", said
+        return said
+
     def rolled_out(self, deployment: str) -> None:
         self.kubectl("rollout", "status", f"deploy/{deployment}", f"--timeout={PATIENCE:.0f}s")
 

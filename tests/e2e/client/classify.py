@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 session = onnxruntime.InferenceSession(sys.argv[1])
 labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
 answers = {}
-for path in sorted(Path(sys.argv[2]).glob("*.*")):
+for path in sorted(each for each in Path(sys.argv[2]).iterdir() if each.is_file()):
     image = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))[None]
     probabilities = session.run(["probabilities"], {"images": image})[0][0]
     answers[path.name] = labels[int(probabilities.argmax())]
