@@ -114,6 +114,9 @@ def test_the_aggregation_site_is_upgraded_renewed_and_uninstalled_as_its_page_sa
 @pytest.fixture(scope="module")
 def places(cluster: Cluster) -> Iterator[dict[str, Space]]:
     """The pages' namespaces, which the pages make themselves; gone afterwards."""
+    ending = cluster.kubectl("get", "namespace", "--field-selector=status.phase=Terminating", "--output=name").split()
+    if ending:  # those of earlier tests
+        cluster.kubectl("wait", "--for=delete", *ending, "--timeout=180s")
     there = cluster.kubectl("get", "namespace", SITE, HOSPITAL, "--ignore-not-found", "--output=name").split()
     if there:
         pytest.skip(f"the cluster has {' and '.join(there)} already, and these are not ours to remove")
