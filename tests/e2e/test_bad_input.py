@@ -107,12 +107,15 @@ class Wrong:
         return self.space.kubectl("describe", "pod", f"--selector=app.kubernetes.io/instance={release}")
 
     def last_words(self, release: str) -> str:
-        """What the state of a Pod that has ended holds: its last two lines; empty where none has ended."""
+        """What the state of a Pod that has ended holds: its last lines; empty where none has ended.
+
+        Output and errors come through two pipes, so that a line before an error may be after it.
+        """
         for pod in self.pods(release):
             for container in pod["status"].get("containerStatuses", ()):
                 for state in (container["state"], container.get("lastState", {})):
                     if message := state.get("terminated", {}).get("message"):
-                        return "\n".join(message.strip().splitlines()[-2:])
+                        return "\n".join(message.strip().splitlines()[-4:])
         return ""
 
     def until_ended(self, release: str) -> str:
@@ -120,6 +123,16 @@ class Wrong:
         said = str(self.space.until(lambda: self.last_words(release), why=lambda: self.describe(release)))
         record(release, said)
         return said
+
+    def until_waiting(self, release: str, address: str) -> None:
+        """Waits until the last line of a release's newest Pod says that nobody answers at an address."""
+
+        def look() -> str:
+            pods = self.pods(release)
+            line = self.space.logs(f"pod/{pods[-1]['metadata']['name']}", "--tail=1") if pods else ""
+            return line if f"aggregator {address}: not reachable since " in line else ""
+
+        record(release, self.space.until(look, why=lambda: self.describe(release)))
 
     def job(self, release: str) -> dict[str, Any]:
         (found,) = self.space.get("jobs", f"--selector=app.kubernetes.io/instance={release}")["items"]
@@ -235,9 +248,7 @@ def test_an_image_that_no_node_gets_shows_in_the_status(wrong: Wrong):
 @pytest.mark.parametrize("release", ["no-such-name", "closed-port"])
 def test_an_agent_whom_nobody_answers_keeps_trying_and_says_where(wrong: Wrong, release: str):
     address = {"no-such-name": "merge.invalid:8443", "closed-port": f"{wrong.site.server}:9443"}[release]
-    said = f"aggregator {address}: not reachable since "
-    wrong.space.until(lambda: said in last_line(wrong, release), why=lambda: wrong.describe(release))
-    record(release, last_line(wrong, release))
+    wrong.until_waiting(release, address)
     (pod,) = wrong.pods(release)
     assert pod["status"]["containerStatuses"][0]["restartCount"] == 0
 
@@ -282,6 +293,16 @@ def test_a_job_with_a_wrong_setting_fails_at_once_with_one_pod(wrong: Wrong):
     assert len(wrong.pods("no-gpu-visible-job")) == 1
 
 
+def test_a_job_whose_state_folder_is_still_in_use_tries_again_until_it_is_free(wrong: Wrong):
+    address = f"{wrong.site.server}:9443"
+    wrong.until_waiting("closed-port", address)
+    wrong.install("second", **JOB, aggregator=address, state={"existingClaim": "closed-port-state"})
+    assert "another agent uses the state folder /state" in wrong.until_ended("second")
+    wrong.site.charts("uninstall", "closed-port", f"--namespace={wrong.space.name}")
+    wrong.until_waiting("second", address)
+    assert not wrong.job("second")["status"].get("conditions")
+
+
 def test_what_fails_again_is_tried_again_ever_more_rarely(wrong: Wrong):
     now, restarts = datetime.now(UTC), {}
     for pod in wrong.space.pods("app.kubernetes.io/component=agent"):
@@ -306,10 +327,6 @@ def tries(seconds: float) -> float:
 
 def events(described: str) -> str:
     return described.partition("\nEvents:")[2]
-
-
-def last_line(wrong: Wrong, release: str) -> str:
-    return wrong.space.logs(f"deploy/{release}", "--tail=1")
 
 
 def record(name: str, text: str) -> None:
