@@ -22,7 +22,7 @@ from datavector.errors import (
     UsageError,
     WrongHospital,
 )
-from datavector.files import claim_folder, fsync
+from datavector.files import claim_folder, disk_full_at, fsync
 from datavector.model import DIGEST, FILES, BaseModel
 from datavector.wire.certs import check_certificate
 from datavector.wire.v1.exchange_pb2 import PolicyInfo
@@ -33,12 +33,12 @@ IMAGES = "images"  # decoded ones, in the state folder
 WARN_DAYS = 30
 
 
-SETTINGS = {  # that a failed check is about
-    "certificate": "tls.certificate, tls.key, tls.ca",
-    "state": "state",
+SETTINGS = {  # that a failed check is about, and values of the chart that have another name
+    "certificate": "tls.certificate, tls.key, tls.ca; with Helm tls.secret",
+    "state": "state; with Helm state.existingClaim",
     "aggregator": "aggregator",
-    "disk": "state",
-    "data": "data.path",
+    "disk": "state; with Helm state.size, state.existingClaim",
+    "data": "data.path; with Helm data.hostPath, data.nfs, data.existingClaim too",
 }
 
 Found = TypeVar("Found")
@@ -99,7 +99,7 @@ def device(settings: AgentSettings) -> str:
     if settings.training.device == "cuda":
         raise UsageError(
             "training.device is cuda, but no GPU is visible",
-            remedy="give the container a GPU (docker run --gpus all; in a Pod the resource nvidia.com/gpu), "
+            remedy="give the container a GPU (docker run --gpus all; with Helm gpu.count), "
             "or set training.device = 'auto'",
         )
     return f"CPU, {os.cpu_count()} cores"
@@ -110,12 +110,14 @@ def state(settings: AgentSettings) -> str:
 
     Raises:
         UsageError: it cannot be used, or holds other files.
+        DiskFull: there is no room for a single file.
     """
     try:
         settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(settings.state, os.W_OK):
             raise UsageError(f"{settings.state} is not writable", remedy="mount it writable for this user")
-        claim_folder(settings.state, AGENT)
+        with disk_full_at(settings.state):
+            claim_folder(settings.state, AGENT)
         if settings.state.stat().st_uid == os.geteuid():
             settings.state.chmod(0o700)  # patients' images lie there
     except OSError as error:

@@ -20,7 +20,7 @@ from agent.metrics import Metrics
 from agent.proxy import find_proxy
 from agent.settings import AgentSettings
 from datavector.console import progress, say
-from datavector.errors import DataVectorError, Interrupted, UsageError, recreate
+from datavector.errors import DataVectorError, Interrupted, TryAgain, UsageError, recreate
 from datavector.files import claim_folder, fsync, locked, remove_leftovers
 from datavector.model import DIGEST
 from datavector.release.checksums import SUMS, compare_sums
@@ -66,7 +66,7 @@ def open_site(settings: AgentSettings, *, patience_seconds: float | None = None)
 
     def wait(sentence: str) -> None:
         metrics.retries.inc()
-        say(sentence)
+        say(f"aggregator {sentence}")  # the setting's name
 
     client = connect(settings, patience_seconds=patience_seconds, on_waiting=wait)
     metrics.certificate_expiry.set_function(client.expiry)
@@ -90,9 +90,9 @@ def only_agent(state: Path) -> Iterator[None]:
     """Makes this the one agent that works in a state folder, and removes what killed ones left half-written.
 
     Raises:
-        UsageError: another one does.
+        TryAgain: another one does. It may be ending: a new Job's Pod can be there before the old one's has gone.
     """
-    taken = UsageError(f"another agent uses the state folder {state}", remedy="stop it first")
+    taken = TryAgain(f"another agent uses the state folder {state}", remedy="stop it, or wait until it has ended")
     with locked(state / "lock", taken):
         remove_leftovers(state)
         yield

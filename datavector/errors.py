@@ -11,7 +11,7 @@ DataVectorError                     exit code 1
 ├── Refused                         the aggregator said no; the same call will be refused again
 │   ├── WrongHospital, Denied, QuotaExceeded, AlreadyWithdrawn, ProtocolError, NotReady, NotFound
 ├── Unreachable                     no aggregator at that address now; worth trying again
-├── TryAgain                        the aggregator gave the call up for a reason that passes
+├── TryAgain                        given up for a reason that passes
 ├── InternalError                   the aggregator failed for a reason of its own
 ├── DiskFull                        nothing half-stored stays
 ├── StoreMissing                    the aggregator's store is not where it was
@@ -178,7 +178,7 @@ class Unreachable(DataVectorError):
 
 
 class TryAgain(DataVectorError):
-    """The aggregator gave a call up for a reason that passes: a stalled stream, a meeting that lost its quorum."""
+    """Given up for a reason that passes: a stalled stream, a meeting without quorum, an agent that is still ending."""
 
     status = "ABORTED"
 

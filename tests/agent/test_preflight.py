@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def images(tmp_path):
         for number in range(20):
             (tmp_path / "images" / label / f"{number}.png").touch()
     return tmp_path / "images"
+
+
+def test_a_state_folder_without_room_for_a_file_is_a_full_disk_and_no_wrong_setting(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(preflight, "claim_folder", full)
+    with pytest.raises(DiskFull) as refusal:
+        preflight.state(settings_of(tmp_path))
+    assert refusal.value.exit_code == 1  # with 2 a Job would not try again
 
 
 def test_images_that_do_not_fit_once_they_are_decoded_are_noticed_before_they_are(base, images, tmp_path, small_disk):

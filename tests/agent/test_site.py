@@ -11,7 +11,7 @@ import pytest
 from agent import preflight, site
 from agent.ledger import Ledger, read_ledger
 from agent.settings import AgentSettings, Tls
-from datavector.errors import AlreadyWithdrawn, CertificateError, Interrupted, Unreachable, UsageError
+from datavector.errors import AlreadyWithdrawn, CertificateError, Interrupted, TryAgain, Unreachable, UsageError
 
 DIGEST = f"sha256:{'a' * 64}"
 
@@ -104,3 +104,12 @@ def test_fetching_a_release_that_nobody_gives_ends(settings_for, tmp_path, monke
     monkeypatch.setattr(site, "FETCH_SECONDS", 0)
     with pytest.raises(Unreachable, match="localhost:1 is not reachable"):
         site.fetch_release(settings_for("localhost:1"), tmp_path / "release", verify=lambda _: None)
+
+
+def test_a_second_agent_on_a_state_folder_is_to_try_again_for_the_first_may_be_ending(tmp_path):
+    with site.only_agent(tmp_path):
+        with pytest.raises(TryAgain, match="another agent uses the state folder") as refusal, site.only_agent(tmp_path):
+            pytest.fail("two agents work in one folder")
+        assert refusal.value.exit_code == 1  # 2 would fail a Job for good
+    with site.only_agent(tmp_path):
+        pass

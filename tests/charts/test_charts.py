@@ -233,6 +233,16 @@ def test_a_gpu_is_asked_for_where_the_agent_trains_and_nowhere_else(helm: Path):
     assert environment(preflight)[f"{PREFIX}TRAINING__DEVICE"] == "cpu"
 
 
+def test_a_pod_that_asks_for_no_gpu_sees_none(helm: Path):
+    for name in ("three values", "scheduled cronjob"):
+        spec = agent_pod(render(helm, "agent", AGENTS[name]))["spec"]
+        for container in [*spec.get("initContainers", []), *spec["containers"]]:
+            assert {"name": "NVIDIA_VISIBLE_DEVICES", "value": "void"} in container["env"]
+    with_gpu = render(helm, "agent", AGENTS["gpu"])
+    assert "NVIDIA_VISIBLE_DEVICES" not in environment(agent_pod(with_gpu))  # the device plugin says which
+    assert environment(find(with_gpu, "Pod"))["NVIDIA_VISIBLE_DEVICES"] == "void"
+
+
 def test_the_agent_may_dial_only_the_aggregator_the_proxy_and_names(helm: Path):
     policy = find(render(helm, "agent", AGENTS["proxy"]), "NetworkPolicy")["spec"]
     names, others = policy["egress"]

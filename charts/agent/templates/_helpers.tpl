@@ -60,6 +60,10 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
 {{- with $root.Values -}}
 - name: HOME
   value: /tmp
+{{- if or $.device (not (int .gpu.count)) }}
+- name: NVIDIA_VISIBLE_DEVICES  # the image says all, and a node's default runtime would obey
+  value: void
+{{- end }}
 - name: DATAVECTOR_AGENT_AGGREGATOR
   value: {{ .aggregator | quote }}
 {{- range $name := list "hospital" "policy" "base" }}
