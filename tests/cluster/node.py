@@ -133,6 +133,13 @@ class Node(ControlPlane):
         """Runs containerd's own client on the node's containers; what it printed."""
         return _ctr(*args)
 
+    def slow_down(self, address: str, rate: str) -> None:
+        """Lets a Pod receive no faster than, say, "80mbit", until it is gone."""
+        entries = json.loads(_command("ip", "-json", "neighbour", "show", address, "dev", BRIDGE))
+        table = json.loads(_command("bridge", "-json", "fdb", "show", "br", BRIDGE))
+        (veth,) = {each["ifname"] for each in table if each["mac"] == entries[0]["lladdr"]}
+        _command("tc", "qdisc", "add", "dev", veth, "root", "tbf", "rate", rate, "burst", "256kb", "latency", "400ms")
+
     def restart_containerd(self) -> None:
         """Kills containerd, whose containers go on, and starts it again."""
         self._running.pop("containerd").end(seconds=0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -115,9 +114,11 @@ def test_hospitals_that_come_back_make_the_model_ready(site: Site, hospitals: di
 def test_merge_jobs_ran_under_restricted_pod_security_and_without_a_token(site: Site):
     def ended() -> list[Any]:
         pods = site.space.pods("app.kubernetes.io/managed-by=datavector")
-        return pods if Counter(pod["status"]["phase"] for pod in pods) == {"Succeeded": 2} else []
+        return pods if {pod["status"]["phase"] for pod in pods} == {"Succeeded"} else []
 
-    for pod in site.space.until(ended, why=site.explain):
+    pods = site.space.until(ended, why=site.explain)
+    assert {pod["metadata"]["labels"]["datavector.dev/stage"] for pod in pods} == {"merge", "release"}
+    for pod in pods:
         spec = pod["spec"]
         assert spec["automountServiceAccountToken"] is False
         assert spec["securityContext"]["runAsNonRoot"] is True
