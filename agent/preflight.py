@@ -22,7 +22,7 @@ from datavector.errors import (
     UsageError,
     WrongHospital,
 )
-from datavector.files import claim_folder, disk_full_at, fsync
+from datavector.files import claim_folder, disk_full_at, fsync, locked
 from datavector.model import DIGEST, FILES, BaseModel
 from datavector.wire.certs import check_certificate
 from datavector.wire.v1.exchange_pb2 import PolicyInfo
@@ -190,14 +190,16 @@ def base_model(settings: AgentSettings, client: Client, policy: PolicyInfo) -> t
             remedy="do not trust it: ask the aggregation site",
         )
     where = "cached"
-    if not folder.is_dir():
-        where = "fetched"
-        partial = folder.with_suffix(".partial")
-        for file in policy.base_files:
-            client.fetch(file, partial / file.name, base_digest=digest)
-        BaseModel.load(partial, digest=digest)
-        partial.rename(folder)
-        fsync(folder.parent)
+    folder.parent.mkdir(exist_ok=True)
+    with locked(folder.with_suffix(".lock")):  # `--preflight` fetches beside a running agent
+        if not folder.is_dir():
+            where = "fetched"
+            partial = folder.with_suffix(".partial")
+            for file in policy.base_files:
+                client.fetch(file, partial / file.name, base_digest=digest)
+            BaseModel.load(partial, digest=digest)
+            partial.rename(folder)
+            fsync(folder.parent)
     base = BaseModel.load(folder, digest=digest)
     return base, f"{base.architecture}, {len(base.classes)} classes, {digest[:19]}, {where}"
 

@@ -49,9 +49,12 @@ _ENTRY = re.compile(r"[0-9a-f]{64}|[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def parse_entries(text: str) -> frozenset[str]:
-    """The names and fingerprints of a list's text, where `#` begins a comment; what is neither is logged."""
-    lines = (line.partition("#")[0].strip().lower() for line in text.splitlines())
-    entries = frozenset(line.removeprefix("sha256:").replace(":", "") for line in lines if line)
+    """The names and fingerprints of a list's text, where `#` begins a comment; what is neither is logged.
+
+    Commas and blanks divide entries as ends of lines do: who denies in a hurry is understood.
+    """
+    lines = (line.partition("#")[0].lower().replace(",", " ") for line in text.splitlines())
+    entries = frozenset(entry.removeprefix("sha256:").replace(":", "") for line in lines for entry in line.split())
     for entry in entries:
         if not _ENTRY.fullmatch(entry):
             log.error("the deny list names %r, which is neither a hospital nor 64 hexadecimal digits", entry[:80])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 from collections import Counter
@@ -118,7 +119,8 @@ class Gate:
             denied = {peer for peer in set(self._ends.values()) if self._is_denied(peer)}
             for end, peer in self._ends.items():
                 if peer in denied:
-                    end.reschedule(0)
+                    with contextlib.suppress(RuntimeError):  # it is ending already
+                        end.reschedule(0)
 
     async def _until_denied(self, peer: CertificateReport, behaviour: Awaitable[Any]) -> Any:
         try:

@@ -146,7 +146,7 @@ def certs_issue(
     days: Annotated[int, typer.Option(min=1, help="Days that the certificate is valid.")] = 365,
 ) -> None:
     """Make a hospital's certificate and key, or the aggregator's anew."""
-    from datavector.wire.certs import issue_aggregator, issue_hospital
+    from datavector.wire.certs import issue_aggregator, issue_hospital, server_names
 
     if aggregator == (hospital is not None):
         raise UsageError("a certificate is for a hospital or the aggregator", remedy="give --hospital or --aggregator")
@@ -155,7 +155,7 @@ def certs_issue(
     if hospital is not None:
         certificate, bearer = issue_hospital(output, hospital, days=days), hospital
     else:
-        names = _server_names(server_name)
+        names = _server_names(server_name) if server_name else server_names(output / "aggregator.crt")
         certificate = issue_aggregator(output, server_names=names, days=days)
         bearer = f"the aggregator ({', '.join(names)})"
     typer.echo(f"{certificate}: speaks for {bearer}, valid for {days} days")

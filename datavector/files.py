@@ -69,16 +69,17 @@ def claim_folder(folder: Path, owner: str) -> None:
 
 
 @contextmanager
-def locked(path: Path, taken: Exception) -> Iterator[None]:
+def locked(path: Path, taken: Exception | None = None) -> Iterator[None]:
     """Holds a lock, a file that is made at `path`, through a block; it ends with the process, however that ends.
 
     Raises:
-        taken: somebody else holds it.
+        taken: somebody else holds it. Without an error to raise, that is waited for.
     """
     with path.open("w") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX if taken is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
+            assert taken is not None  # noqa: S101  else flock would have waited
             raise taken from error
         yield
 

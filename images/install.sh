@@ -1,6 +1,7 @@
 #!/bin/sh
 # Installs requirements into /opt/venv, at the versions of constraints.txt: install.sh "PACKAGES TO LEAVE OUT" REQUIREMENT...
-# PACKAGE_INDEX and TORCH_INDEX (of torch alone) name other package indexes. Leaves no installer and no cache behind.
+# PACKAGE_INDEX and TORCH_INDEX (beside it, for torch and what torch needs) name other package indexes. Leaves no
+# installer and no cache behind.
 set -eu
 here=$(dirname "$0")
 export VIRTUAL_ENV=/opt/venv UV_CACHE_DIR=/cache UV_LINK_MODE=copy UV_NATIVE_TLS=1

@@ -148,6 +148,17 @@ def issue_aggregator(folder: Path, *, server_names: Sequence[str], days: float =
     return _issue(folder, None, server_names, days)
 
 
+def server_names(certificate: Path) -> list[str]:
+    """The DNS names and addresses in an aggregator's certificate, so that the next one has the same.
+
+    Raises:
+        CertificateError: it is missing or unreadable.
+    """
+    names = _load(certificate).extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    addresses = names.get_values_for_type(x509.IPAddress)
+    return [*names.get_values_for_type(x509.DNSName), *(str(address) for address in addresses)]
+
+
 def demand_server_names(names: Sequence[str]) -> None:
     """Raises UsageError for the first that is neither a DNS name nor an address."""
     for name in names:

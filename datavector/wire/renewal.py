@@ -31,6 +31,7 @@ class Renewable:
         self._demand = demand
         self._lock = threading.Lock()
         self._seen = self._look()
+        self._refused = ""  # why the newest files are not used
         self.current = self._read()
 
     def renew(self) -> bool:
@@ -40,14 +41,18 @@ class Renewable:
             Whether `current` is new.
         """
         with self._lock:
-            if (found := self._look()) == self._seen:
+            found = self._look()
+            if found == self._seen and not self._refused:
                 return False
             self._seen = found  # before it is read: a change in between is seen at the next look
             try:
                 self.current = self._read()
             except DataVectorError as error:
-                log.error("renewed certificate files are not used, those before them stay in use: %s", error)
+                if str(error) != self._refused:  # tried again each time: it may only be valid from later on
+                    self._refused = str(error)
+                    log.error("renewed certificate files are not used, those before them stay in use: %s", error)
                 return False
+            self._refused = ""
             return True
 
     def _read(self) -> Credentials:

@@ -1,6 +1,6 @@
 """Builds container images from this repository's Dockerfiles: with Docker where its engine runs, else with buildah.
 
-Without a registry the Dockerfiles' base image is made from Debian's packages, under the name that they give.
+Without a registry the Dockerfiles' base image is made from Debian's packages, under a name of its own.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ from tests.cluster.registry import local_registry
 
 PROJECT = Path(__file__).parents[2]
 BASE = "docker.io/library/python:3.11-slim-bookworm"
+MADE_HERE = "localhost/python:3.11-slim-bookworm"
 
 # What a package client needs to know of this machine, lent to the build and never copied into an image.
 _CLIENT_SETTINGS = ("/etc/ssl/certs", "/usr/local/share/ca-certificates", "/etc/pip.conf")
 _LEFT_OUT = ("var/cache/apt", "var/lib/apt/lists", *(f"usr/share/{each}" for each in ("doc", "man", "info", "locale")))
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _INDEXES = {"PACKAGE_INDEX": ("UV_DEFAULT_INDEX", "PIP_INDEX_URL"), "TORCH_INDEX": ("TORCH_INDEX",)}
+
+
+class BuildFailed(Exception):
+    """A program that builds or moves images failed: no reason to skip tests, but to fail."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,8 @@ def build_images(images: Sequence[Image] = IMAGES) -> None:
     """Builds what has changed.
 
     Raises:
-        CannotBuild: neither Docker nor buildah is here, or a build failed.
+        CannotBuild: neither Docker nor buildah is here.
+        BuildFailed: a build failed.
     """
     build = _docker if docker_runs() else _buildah
     with locked(cache() / "images.lock"):
@@ -113,10 +119,11 @@ def _docker(image: Image) -> None:
 def _buildah(image: Image) -> None:
     if not shutil.which("buildah"):
         raise CannotBuild("Images are built with Docker or buildah, and neither runs here.")
-    _demand_base()
+    base = _find_base()
     lent = [f"--volume={path}:{path}:ro" for path in _CLIENT_SETTINGS if Path(path).exists()]
     _run(
         "buildah", "build", "--isolation=chroot", "--network=host", "--layers", *lent, *_arguments(image),
+        "--build-arg", f"PYTHON={base}",
         "--tag", image.tag, str(PROJECT / image.folder),
     )  # fmt: skip
 
@@ -131,12 +138,13 @@ def _arguments(image: Image) -> list[str]:
     return arguments
 
 
-def _demand_base() -> None:
-    """Pulls the base image, or makes it from Debian's packages."""
-    if subprocess.run(["buildah", "inspect", "--type=image", BASE], capture_output=True).returncode == 0:
-        return
+def _find_base() -> str:
+    """The base image's name, once it is pulled, or made from Debian's packages."""
+    for name in (BASE, MADE_HERE):
+        if subprocess.run(["buildah", "inspect", "--type=image", name], capture_output=True).returncode == 0:
+            return name
     if subprocess.run(["buildah", "pull", "--quiet", BASE], capture_output=True).returncode == 0:
-        return
+        return BASE
     if not shutil.which("debootstrap"):
         raise CannotBuild("No registry answers, and debootstrap is not here to make the base image from packages.")
     with tempfile.TemporaryDirectory(prefix="base-") as folder:
@@ -148,7 +156,8 @@ def _demand_base() -> None:
         with _mounted() as (container, root):
             _run("cp", "--archive", f"{folder}/.", root)
             _run("buildah", "config", "--env", f"PATH={_PATH}", container)
-            _run("buildah", "commit", "--quiet", container, BASE)
+            _run("buildah", "commit", "--quiet", container, MADE_HERE)
+    return MADE_HERE
 
 
 @contextmanager
@@ -167,5 +176,5 @@ def _run(*command: str, environment: dict[str, str] | None = None) -> str:
     )
     if done.returncode:
         last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-12:])
-        raise CannotBuild(f"{' '.join(command[:2])} failed:\n{last}")
+        raise BuildFailed(f"{' '.join(command[:2])} failed:\n{last}")
     return done.stdout

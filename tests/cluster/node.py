@@ -6,6 +6,7 @@ the next. No NetworkPolicy controller runs: policies are accepted, and not enfor
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -34,6 +35,8 @@ SOCKET = RUN / "containerd.sock"
 BRIDGE, GATEWAY, PODS = "dv-pods", "10.244.0.1", "10.244.0.0/24"
 PAUSE = "localhost/pause:1"
 NAME = "node"
+FOREIGN = "foreign-network-namespaces"  # file with those that were there before
+COMPONENTS = ("etcd", "kube", "containerd", "coredns")
 
 _CTR = ("--address", str(SOCKET), "--namespace", "k8s.io")
 
@@ -104,11 +107,15 @@ class Node(ControlPlane):
             node: the folder with kubelet, kube-proxy, kube-scheduler and coredns.
 
         Raises:
+            CannotBuild: another cluster's kube-proxy is at work here.
             ControlPlaneFailed: a component ended or was not ready in time.
         """
         self._volumes: Volumes | None = None
         remove_leftovers()
+        if _command("nft", "list", "table", "ip", "kube-proxy", check=False):
+            raise CannotBuild("Another kube-proxy has its rules on this machine, so no node of ours can run here.")
         RUN.mkdir(mode=0o700)
+        (RUN / FOREIGN).write_text("\n".join(_network_namespaces()))
         folder = RUN / "cluster"  # below RUN, so that a later run knows the processes by their command lines
         super().__init__(folder, components=components, address=_own_address())
         try:
@@ -245,22 +252,36 @@ def containerd_root() -> Path:
 
 def remove_leftovers() -> None:
     """Ends and removes what a killed run left: processes, mounts, the bridge, packet filter rules."""
+    if not RUN.exists():
+        return
     for pid, command in _processes():
         if "containerd-shim" not in command:
-            os.kill(pid, signal.SIGTERM)
+            _kill(pid, signal.SIGTERM)
     _remove_containers()
     for pid, _ in _processes():
-        os.kill(pid, signal.SIGKILL)
+        _kill(pid, signal.SIGKILL)
     mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
     for mount in sorted(mounts, reverse=True):
-        if mount.startswith((f"{RUN}/", f"{containerd_root()}/", "/run/netns/cni-", "/var/run/netns/cni-")):
+        if mount.startswith((f"{RUN}/", f"{containerd_root()}/")):
             _command("umount", "--lazy", mount, check=False)
-    for name in [*Path("/run/netns").glob("cni-*"), *Path("/var/run/netns").glob("cni-*")]:
-        _command("ip", "netns", "del", name.name, check=False)
+    foreign = (RUN / FOREIGN).read_text().split() if (RUN / FOREIGN).exists() else _network_namespaces()
+    for name in _network_namespaces().difference(foreign):
+        _command("umount", "--lazy", f"/run/netns/{name}", check=False)
+        _command("ip", "netns", "del", name, check=False)
     _command("ip", "link", "del", BRIDGE, check=False)
     for family in ("ip", "ip6"):
         _command("nft", "delete", "table", family, "kube-proxy", check=False)
     shutil.rmtree(RUN, ignore_errors=True)
+
+
+def _network_namespaces() -> set[str]:
+    """Names of Pods' network namespaces, also of other clusters on this machine."""
+    return {path.name for path in Path("/run/netns").glob("cni-*")}
+
+
+def _kill(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def _remove_containers() -> None:
@@ -282,7 +303,8 @@ def _processes() -> Iterator[tuple[int, str]]:
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
-        if str(RUN) in command and int(folder.name) != os.getpid():
+        name = Path(command.partition(" ")[0]).name
+        if str(RUN) in command and name.startswith(COMPONENTS):
             yield int(folder.name), command
 
 

@@ -25,6 +25,7 @@ from tests.cluster.images import (
     CONTROL,
     IMAGES,
     JOB,
+    BuildFailed,
     build_images,
     docker_runs,
     load_into_kind,
@@ -66,6 +67,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             _ready = _prepare()
         except CannotBuild as error:
             _ready = str(error)
+        except BuildFailed as error:
+            pytest.exit(str(error), returncode=1)
 
 
 def pytest_unconfigure() -> None:

@@ -12,6 +12,7 @@ from tests.cluster.aggregation import Namespace
 from tests.cluster.client import Cluster
 from tests.cluster.fixtures import RESTRICTED
 
+OURS = "e2e.datavector.dev"  # label of the namespaces that tests made, and may remove
 PATIENCE = 300.0  # seconds, for whatever a Pod does
 
 _CONFINED = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
@@ -45,9 +46,9 @@ class Space(Namespace):
 
     @classmethod
     def make(cls, cluster: Cluster, name: str) -> Space:
-        """A fresh namespace that allows only restricted Pods."""
-        cluster.kubectl("delete", "namespace", name, "--ignore-not-found", "--timeout=120s")
-        meta = {"name": name, "labels": RESTRICTED}
+        """A fresh namespace that allows only restricted Pods. One of that name is removed if an earlier run made it."""
+        cluster.kubectl("delete", "namespace", f"--field-selector=metadata.name={name}", f"--selector={OURS}")
+        meta = {"name": name, "labels": {**RESTRICTED, OURS: "true"}}
         cluster.kubectl("create", "-f", "-", input={"apiVersion": "v1", "kind": "Namespace", "metadata": meta})
         cluster.kubectl("wait", "--for=create", "serviceaccount/default", f"--namespace={name}", "--timeout=120s")
         return cls(cluster, name)

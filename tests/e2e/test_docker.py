@@ -79,7 +79,7 @@ def test_the_docker_run_of_the_page_delivers_a_vector_and_stops_in_order(site: S
             (LOGS / "docker").mkdir(parents=True, exist_ok=True)
             (LOGS / "docker" / "north.log").write_text(engine("docker logs north"))
         elif "ledger" in command:
-            assert "vector" in engine(command)
+            assert " vector " in engine(command)
         else:
             engine(command)
     assert aggregator.vectors()[0].spec.consent.value == "Withdrawn"

@@ -17,6 +17,7 @@ from aggregator.store import Store
 from datavector.files import sha256_file
 from datavector.merge import merge_vectors
 from datavector.wire.certs import read_report
+from tests.cluster.control_plane import ControlPlaneFailed
 from tests.cluster.node import RUN, Node
 from tests.e2e.conftest import LOGS, stage
 from tests.e2e.site import RELEASE, Hospital, Site
@@ -42,7 +43,7 @@ def site(cluster: Any, spaces: Any, charts: Any, images: Any, tmp_path_factory: 
     site = Site(spaces("faults"), charts, images, tmp_path_factory.mktemp("faults"))
     site.install()
     base = site.bring_base(site.make_base("resnet50", size=32, classes=list(CLASSES)))
-    site.set_policy("all", {**POLICY, "baseModelRef": base})
+    site.set_policy("all", {**POLICY, "baseModelRef": base, "suspend": True})  # until all three have delivered
     return site
 
 
@@ -104,6 +105,7 @@ def test_training_goes_on_where_its_pod_was_evicted(site: Site, node: Node, join
 
 
 def test_a_version_becomes_ready_though_the_operator_and_both_jobs_were_killed(site: Site, node: Node, store: Store):
+    site.space.kubectl("patch", "mp", "all", "--type=merge", "--patch", '{"spec":{"suspend":false}}')
     kill_job(site, node, "merge")
     operator = site.space.pods("app.kubernetes.io/name=datavector-operator")[0]["metadata"]["name"]
     site.space.kubectl("delete", "pod", operator, "--wait=false")
@@ -213,14 +215,18 @@ def restarts(pod: dict[str, Any]) -> int:
 
 
 def kill_job(site: Site, node: Node, part: Stage) -> None:
-    """Kills the Pod of a stage's Job while it works."""
+    """Kills the container of a stage's Job while it works."""
 
-    def look() -> dict[str, Any] | None:
-        pods = site.space.pods(f"datavector.dev/stage={part}")
-        return next((each for each in pods if each["status"]["phase"] == "Running"), None)
+    def kill() -> bool:
+        for each in site.space.pods(f"datavector.dev/stage={part}"):
+            try:
+                node.kill_container(each["metadata"]["uid"], "job")
+            except (LookupError, ControlPlaneFailed):  # it has not begun, or has ended
+                continue
+            return True
+        return False
 
-    uid = site.space.until(look, seconds=300, why=site.explain)["metadata"]["uid"]
-    node.kill_container(uid, "job")
+    site.space.until(kill, seconds=300, why=site.explain)
 
 
 def merged_here(store: Store, version: dict[str, Any], folder: Path) -> str:

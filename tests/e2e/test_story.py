@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,11 @@ from PIL import Image, ImageOps
 from tests.cluster.aggregation import condition
 from tests.e2e.conftest import LOGS, stage
 from tests.e2e.site import HOSPITALS, Hospital, Images, Site, make_images
+from tests.monitoring.conftest import tool
+from tests.monitoring.test_prometheus import prometheus, rules, target
 
 pytestmark = pytest.mark.timeout(1200)
+__all__ = ["tool"]  # a fixture
 
 TRAINING = {"epochs": 6, "batchSize": 16, "learningRate": 0.001}
 POLICY = {
@@ -81,7 +84,7 @@ def test_a_hospital_trains_and_delivers_and_stays(hospitals: dict[str, Hospital]
         vector = hospitals["north"].delivered()
     assert vector["spec"]["sampleCount"] > 0
     ledger = hospitals["north"].run("datavector", "agent", "ledger")
-    assert "vector" in ledger
+    assert " vector " in ledger
     record("ledger.txt", ledger)
     printed = hospitals["north"].site.charts("test", "north", "--namespace=north", "--logs")
     assert "ready" in printed
@@ -147,6 +150,29 @@ def test_the_release_answers_alike_at_a_hospital_and_in_a_pod_of_onnxruntime_alo
     right = np.mean([answer == label for answer, label in zip(answers, pictures.test.values(), strict=True)])
     record("accuracy.txt", f"{version}: {right:.1%} of {len(answers)} test images\n")
     assert right > 1.5 / len(pictures.classes), "no better than chance"
+
+
+def test_prometheus_scrapes_all_three_and_no_alert_fires(
+    site: Site, hospitals: dict[str, Hospital], tool: Callable[[str], str], tmp_path: Path
+):
+    if not site.space.cluster.is_local:
+        pytest.skip("the addresses of this cluster's Pods cannot be reached from here")
+    names = {"datavector-receiver": site.space, "datavector-operator": site.space}
+    names["datavector-agent"] = hospitals["north"].space
+    targets = []
+    for name, space in names.items():
+        (pod,) = space.pods(f"app.kubernetes.io/name={name},!job-name")
+        targets.append(target(9090, name=name, host=pod["status"]["podIP"]))
+    with prometheus(tool("prometheus"), tmp_path / "prometheus", targets) as ask:
+
+        def up() -> dict[str, str]:
+            return {each["metric"]["job"]: each["value"][1] for each in ask("query?query=up")["result"]}
+
+        site.space.until(lambda: up() == dict.fromkeys(names, "1"), why=lambda: str(up()))
+        site.space.until(lambda: all(rule["health"] == "ok" for rule in rules(ask)), why=lambda: str(rules(ask)))
+        states = [f"{rule['name']}: {rule['state']}" for rule in rules(ask)]
+        record("prometheus.txt", "\n".join([*(f"up {name}: {value}" for name, value in up().items()), *states]))
+        assert [rule["name"] for rule in rules(ask) if rule["state"] == "firing"] == []
 
 
 def test_service_accounts_may_do_what_they_need_and_no_more(site: Site):

@@ -31,7 +31,13 @@ def test_prometheus_reads_aggregator_and_agent_and_evaluates_every_alert(
     ports = {"datavector-receiver": free_port(), "datavector-agent": free_port()}
     address = start_aggregator(new_site, ports["datavector-receiver"])
     new_site.agent("north", address, metrics_port=ports["datavector-agent"])
-    with prometheus(tool("prometheus"), tmp_path / "prometheus", ports) as ask:
+    targets = [
+        *(target(port, name=name) for name, port in ports.items()),
+        target(1, name="datavector-agent", pod_phase="Succeeded"),
+        target(2, name="datavector-receiver", pod_container_port_name="exchange"),
+        target(3, name="somebody-else"),
+    ]
+    with prometheus(tool("prometheus"), tmp_path / "prometheus", targets) as ask:
 
         def value(query: str) -> float:
             result = ask(f"query?query={query}")["result"]
@@ -74,11 +80,11 @@ def start_aggregator(site: Site, metrics_port: int) -> str:
 
 
 @contextmanager
-def prometheus(program: str, folder: Path, ports: dict[str, int]) -> Iterator[Callable[[str], dict[str, Any]]]:
-    """Runs a Prometheus that scrapes ports of loopback every second; gives a function that asks its API."""
+def prometheus(program: str, folder: Path, targets: list[dict[str, Any]]) -> Iterator[Callable[[str], dict[str, Any]]]:
+    """Runs a Prometheus that scrapes targets every second; gives a function that asks its API."""
     folder.mkdir()
     every_second = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    configuration = {"global": every_second, "rule_files": [str(RULES)], **scraping(ports)}
+    configuration = {"global": every_second, "rule_files": [str(RULES)], **scraping(targets)}
     (folder / "prometheus.yml").write_text(yaml.safe_dump(configuration))
     address = f"127.0.0.1:{free_port()}"
     process = Process(
@@ -104,23 +110,17 @@ def prometheus(program: str, folder: Path, ports: dict[str, int]) -> Iterator[Ca
         process.end()
 
 
-def scraping(ports: dict[str, int]) -> dict[str, Any]:
+def scraping(targets: list[dict[str, Any]]) -> dict[str, Any]:
     """The page's configuration, but with targets labelled as Kubernetes' discovery does it: Debian's build has none."""
     (shown,) = re.findall(r"^```yaml\n(.*?)^```", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     configuration: dict[str, Any] = yaml.safe_load(shown)
     (job,) = configuration["scrape_configs"]
     assert job.pop("kubernetes_sd_configs") == [{"role": "pod"}]
-    job["static_configs"] = [
-        target(ports["datavector-receiver"], name="datavector-receiver"),
-        target(ports["datavector-agent"], name="datavector-agent"),
-        target(1, name="datavector-agent", pod_phase="Succeeded"),
-        target(2, name="datavector-receiver", pod_container_port_name="exchange"),
-        target(3, name="somebody-else"),
-    ]
+    job["static_configs"] = targets
     return configuration
 
 
-def target(port: int, *, name: str, **changes: str) -> dict[str, Any]:
+def target(port: int, *, name: str, host: str = "127.0.0.1", **changes: str) -> dict[str, Any]:
     """A port of a Pod, as Kubernetes' discovery labels it."""
     labels = {
         "pod_label_app_kubernetes_io_name": name,
@@ -131,7 +131,7 @@ def target(port: int, *, name: str, **changes: str) -> dict[str, Any]:
         **changes,
     }
     return {
-        "targets": [f"127.0.0.1:{port}"],
+        "targets": [f"{host}:{port}"],
         "labels": {f"__meta_kubernetes_{label}": value for label, value in labels.items()},
     }
 

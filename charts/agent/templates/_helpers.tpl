@@ -123,6 +123,11 @@ helm.sh/chart: {{ .Chart.Name }}-{{ .Chart.Version }}
   {{- if eq .name "agent" }}
   ports:
     - {name: metrics, containerPort: 9090}
+  {{- if eq $root.Values.mode "deployment" }}
+  readinessProbe:  # opens once certificate, device and state folder are right
+    tcpSocket: {port: metrics}
+    periodSeconds: 5
+  {{- end }}
   {{- end }}
   {{- if not .device }}
   resources:
