@@ -114,8 +114,7 @@ def test_a_version_becomes_ready_though_the_operator_and_both_jobs_were_killed(s
         version = site.ready("alpha", "beta", "gamma")
     name = version["metadata"]["name"]
     for part in ("merge", "release"):
-        pods = site.space.get("pods", f"--selector=datavector.dev/stage={part}")["items"]
-        assert sorted(each["status"]["phase"] for each in pods) == ["Failed", "Succeeded"]
+        site.space.until(lambda part=part: phases(site, part) == ["Failed", "Succeeded"], why=site.explain)
     assert sha256_file(store.merged(name)) == merged_here(store, version, site.folder)
     assert len(site.space.items("modelversions")) == 1
 
@@ -227,6 +226,11 @@ def kill_job(site: Site, node: Node, part: Stage) -> None:
         return False
 
     site.space.until(kill, seconds=300, why=site.explain)
+
+
+def phases(site: Site, part: str) -> list[str]:
+    """Of the Pods of a stage's Job."""
+    return sorted(each["status"]["phase"] for each in site.space.pods(f"datavector.dev/stage={part}"))
 
 
 def merged_here(store: Store, version: dict[str, Any], folder: Path) -> str:
