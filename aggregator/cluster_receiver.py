@@ -32,11 +32,11 @@ def run(settings: ClusterReceiverSettings) -> None:
     Raises:
         ConfigError: there is no way to an API server.
         CertificateError: the aggregator's own certificate cannot be used.
-        UsageError: another receiver uses the store, or it holds other files.
+        UsageError: the store holds other files.
     """
     logging.getLogger("aggregator").setLevel(logging.INFO)
     api, store = Api(settings.namespace), Store(settings.store)
-    with alone(store.root):
+    with alone(store.root, patient=True):  # of the Pod whose place this one takes
         _remove_leftovers(store)
         asyncio.run(_serve(settings, api, store))
 
