@@ -173,6 +173,7 @@ class Node(ControlPlane):
             if name in self._running:
                 self._running.pop(name).end()
         _remove_containers()
+        _forget_replaced_images()
         if "containerd" in self._running:
             self._running.pop("containerd").end()
         super().close()
@@ -272,6 +273,15 @@ def remove_leftovers() -> None:
     for family in ("ip", "ip6"):
         _command("nft", "delete", "table", family, "kube-proxy", check=False)
     shutil.rmtree(RUN, ignore_errors=True)
+
+
+def _forget_replaced_images() -> None:
+    """Lets containerd erase images that have lost their names; it keeps each by its digest, too."""
+    if not _answers():
+        return
+    digests = [each for each in _ctr("images", "ls", "-q", check=False).split() if each.startswith("sha256:")]
+    if digests:
+        _ctr("images", "rm", "--sync", *digests, check=False)
 
 
 def _network_namespaces() -> set[str]:

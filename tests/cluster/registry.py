@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import time
 import urllib.error
 import urllib.request
@@ -38,6 +39,8 @@ def local_registry() -> Iterator[str]:
         yield ADDRESS
     finally:
         process.end()
+        collect = ["docker-registry", "garbage-collect", "--delete-untagged", str(folder / "config.yml")]
+        subprocess.run(collect, check=True, capture_output=True)  # what newer images have replaced
 
 
 def _answers() -> bool:

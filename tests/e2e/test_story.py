@@ -157,12 +157,14 @@ def test_prometheus_scrapes_all_three_and_no_alert_fires(
 ):
     if not site.space.cluster.is_local:
         pytest.skip("the addresses of this cluster's Pods cannot be reached from here")
-    names = {"datavector-receiver": site.space, "datavector-operator": site.space}
-    names["datavector-agent"] = hospitals["north"].space
+    names = ("datavector-receiver", "datavector-operator", "datavector-agent")
     targets = []
-    for name, space in names.items():
-        (pod,) = space.pods(f"app.kubernetes.io/name={name},!job-name")
-        targets.append(target(9090, name=name, host=pod["status"]["podIP"]))
+    for name, space in zip(names, (site.space, site.space, hospitals["north"].space), strict=True):
+        running = [
+            each for each in space.pods(f"app.kubernetes.io/name={name}") if each["status"]["phase"] == "Running"
+        ]
+        targets += [target(9090, name=name, host=pod["status"]["podIP"]) for pod in running]
+    assert len(targets) == len(names)
     with prometheus(tool("prometheus"), tmp_path / "prometheus", targets) as ask:
 
         def up() -> dict[str, str]:
