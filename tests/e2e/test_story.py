@@ -181,8 +181,9 @@ def test_service_accounts_may_do_what_they_need_and_no_more(site: Site):
     for account in ("receiver", "operator", "job"):
         listed = site.space.kubectl("auth", "can-i", "--list", f"--as=system:serviceaccount:hub:site-{account}")
         record(f"can-i-{account}.txt", listed)
-        resources = {line.split()[0] for line in listed.splitlines()[1:] if not line.startswith(" ")} - EVERYBODY
-        assert resources == MAY_TOUCH[account], listed
+        rows = [line for line in listed.splitlines()[1:] if not line.startswith(" ")]
+        rights = {row.split()[0]: set(row.rpartition("[")[2].rstrip("] ").split()) for row in rows}
+        assert {what: verbs for what, verbs in rights.items() if what not in EVERYBODY} == MAY[account], listed
 
 
 def test_a_withdrawal_revokes_and_the_next_model_never_had_the_vector(site: Site, hospitals: dict[str, Hospital]):
@@ -218,12 +219,23 @@ EVERYBODY = {
     "selfsubjectaccessreviews.authorization.k8s.io",
     "selfsubjectrulesreviews.authorization.k8s.io",
 }
-OBJECTS = {f"{kind}.datavector.dev" for kind in ("basemodels", "datavectors", "mergepolicies", "modelversions")}
-STATUSES = {f"{kind}/status" for kind in OBJECTS}  # as kubectl writes a part of a kind
-MAY_TOUCH = {
-    "receiver": OBJECTS | {"configmaps"},
-    "operator": OBJECTS | STATUSES | {"jobs.batch", "pods", "events"},
-    "job": set(),
+OBJECTS = [f"{kind}.datavector.dev" for kind in ("basemodels", "datavectors", "mergepolicies", "modelversions")]
+READ = {"get", "list", "watch"}
+MAY: dict[str, dict[str, set[str]]] = {
+    "receiver": {
+        **dict.fromkeys(OBJECTS, READ),
+        "datavectors.datavector.dev": READ | {"create", "patch"},
+        "configmaps": READ,
+    },
+    "operator": {
+        **dict.fromkeys(OBJECTS, READ),
+        "modelversions.datavector.dev": READ | {"create"},
+        **{f"{kind}/status": {"patch"} for kind in OBJECTS},
+        "jobs.batch": READ | {"create", "delete"},
+        "pods": {"list", "watch"},
+        "events": {"create"},
+    },
+    "job": {},
 }
 
 
