@@ -75,8 +75,6 @@ def build_images(images: Sequence[Image] = IMAGES) -> None:
     with locked(cache() / "images.lock"):
         for image in images:
             build(image)
-        if build is _buildah:
-            _run("buildah", "rmi", "--prune")  # what was replaced; layers in use stay
 
 
 def load_into_node(node: Node, images: Sequence[Image] = IMAGES) -> None:
