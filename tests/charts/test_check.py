@@ -46,7 +46,10 @@ def check(receiver: Serving, authority: Path, metrics_port: int) -> Callable[...
         }
         settings = {"exchange": exchange, "metrics": {"name": "127.0.0.1", "port": metrics}}
         answer = subprocess.run(
-            [sys.executable, str(SCRIPT)], env={"CHECK": json.dumps(settings)}, capture_output=True, text=True
+            [sys.executable, str(SCRIPT)],
+            env={"CHECK_PATIENCE": "0", "CHECK": json.dumps(settings)},
+            capture_output=True,
+            text=True,
         )
         assert answer.stderr == ""
         return answer.returncode, answer.stdout.splitlines()

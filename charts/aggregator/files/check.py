@@ -5,9 +5,11 @@ import os
 import socket
 import ssl
 import sys
+import time
 import urllib.request
 
 SECONDS = 10
+PATIENCE = float(os.environ.get("CHECK_PATIENCE", "30"))  # seconds: a Service's way to a new Pod may take some
 PROCESSES = ("receiver", "operator")
 
 
@@ -51,7 +53,19 @@ def metrics(name: str, port: int, process: str) -> str:
     raise ValueError(f"nobody at {', '.join(addresses)}, port {port}, shows them; is the {process} running?")
 
 
+def patiently(check, deadline: float) -> str:
+    """Tries a check again and again until a time."""
+    while True:
+        try:
+            return check()
+        except (OSError, ValueError):
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(1)
+
+
 def main() -> int:
+    deadline = time.monotonic() + PATIENCE
     settings = json.loads(os.environ["CHECK"])
     checks = {"certificate": lambda: certificate(**settings["exchange"])}
     for process in PROCESSES:
@@ -59,7 +73,7 @@ def main() -> int:
     failed = False
     for name, check in checks.items():
         try:
-            print(f"ok    {name:<20} {check()}", flush=True)
+            print(f"ok    {name:<20} {patiently(check, deadline)}", flush=True)
         except (OSError, ValueError) as error:
             failed = True
             print(f"FAIL  {name:<20} {error}", flush=True)
