@@ -5,7 +5,6 @@ By hand, so that no test waits for it: `python -m tests.cluster.build`.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -13,10 +12,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from datavector.files import locked
 
 HERE = Path(__file__).parent
 OLDEST_GO = (1, 24)
@@ -142,14 +141,6 @@ def cache() -> Path:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "datavector" / "cluster"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time; the lock ends with the process."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

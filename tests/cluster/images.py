@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.cluster.build import CannotBuild, cache, locked
+from datavector.files import locked
+from tests.cluster.build import CannotBuild, cache
 from tests.cluster.node import Node
 from tests.cluster.registry import local_registry
 

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.build import CONTROL_PLANE, HELM, NODE, CannotBuild, build, cache, locked
+from datavector.files import locked
+from tests.cluster.build import CONTROL_PLANE, HELM, NODE, CannotBuild, build, cache
 from tests.cluster.client import Cluster
 from tests.cluster.images import (
     AGENT,
