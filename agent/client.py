@@ -471,9 +471,7 @@ class Client:
             self._server = ""
 
     def _demand_own(self, report: CertificateReport) -> None:
-        if report.hospital is None or self._expected not in (None, report.hospital):
-            claimed = self._expected or "a hospital"
-            raise WrongHospital(certificate=report.hospital or "the aggregator", claimed=claimed)
+        demand_hospital(report, self._expected)
 
     def _disconnect(self) -> None:
         """Drops the channel: the next call dials at once, without the channel's own pause."""
@@ -580,6 +578,15 @@ class Meeting:
         if reply is None or reply.WhichOneof("part") != part:
             raise ProtocolError(f"the meeting did not answer with {part!r}", remedy="use a matching version")
         return reply
+
+
+def demand_hospital(report: CertificateReport, expected: str | None) -> None:
+    """
+    Raises:
+        WrongHospital: the certificate is no hospital's, or not that of the expected one, if one is.
+    """
+    if report.hospital is None or expected not in (None, report.hospital):
+        raise WrongHospital(certificate=report.hospital or "the aggregator", claimed=expected or "a hospital")
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from agent.client import Client
+from agent.client import Client, demand_hospital
 from agent.ledger import Ledger
 from agent.settings import AgentSettings
 from agent.site import AGENT
@@ -82,9 +82,7 @@ def certificate(settings: AgentSettings) -> str:
     """The certificate is valid, of the authority, and speaks for this hospital, or for any if none is named."""
     tls = settings.tls
     report = check_certificate(tls.certificate, tls.key, tls.ca)
-    if report.hospital is None or settings.hospital not in (None, report.hospital):
-        claimed = settings.hospital or "a hospital"
-        raise WrongHospital(certificate=report.hospital or "the aggregator", claimed=claimed)
+    demand_hospital(report, settings.hospital)
     days = report.days_left()
     return f"speaks for {report.hospital}, valid for {days} days{'; renew it soon' * (days < WARN_DAYS)}"
 

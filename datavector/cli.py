@@ -347,10 +347,8 @@ def aggregator(
     from aggregator.settings import PREFIX, AggregatorSettings
     from datavector.config import load_settings
 
-    flags = {
-        "store": store, "policy": policy, "base": base, "listen": listen, "metrics_port": metrics_port,
-        "tls.certificate": certificate, "tls.key": key, "tls.ca": ca, "tls.trust_domain": trust_domain,
-    }  # fmt: skip
+    flags = _server_flags(store, listen, metrics_port, certificate, key, ca, trust_domain)
+    flags |= {"policy": policy, "base": base}
     run(load_settings(AggregatorSettings, config, flags, prefix=PREFIX))
 
 
@@ -371,11 +369,21 @@ def receiver(
     from aggregator.settings import RECEIVER_PREFIX, ClusterReceiverSettings
     from datavector.config import load_settings
 
-    flags = {
-        "store": store, "namespace": namespace, "listen": listen, "metrics_port": metrics_port,
-        "tls.certificate": certificate, "tls.key": key, "tls.ca": ca, "tls.trust_domain": trust_domain,
-    }  # fmt: skip
-    run(load_settings(ClusterReceiverSettings, config, flags, prefix=RECEIVER_PREFIX))
+    flags = _server_flags(store, listen, metrics_port, certificate, key, ca, trust_domain)
+    run(load_settings(ClusterReceiverSettings, config, flags | {"namespace": namespace}, prefix=RECEIVER_PREFIX))
+
+
+def _server_flags(
+    store: Path | None,
+    listen: str | None,
+    metrics_port: int | None,
+    certificate: Path | None,
+    key: Path | None,
+    ca: Path | None,
+    trust_domain: str | None,
+) -> dict[str, Any]:
+    tls = {"tls.certificate": certificate, "tls.key": key, "tls.ca": ca, "tls.trust_domain": trust_domain}
+    return {"store": store, "listen": listen, "metrics_port": metrics_port, **tls}
 
 
 @app.command()
