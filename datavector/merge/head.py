@@ -1,4 +1,4 @@
-"""The closed-form head: a ridge classifier on a merged backbone's features, from sums that hospitals give.
+"""The closed-form head: a linear classifier on a merged backbone's features, from sums that hospitals give.
 
 A hospital gives, per class, count and sum of its penultimate features, and their second moment over all classes. From
 the sums over hospitals the head follows exactly, also where hospitals hold different classes; a hospital's part can be
@@ -23,8 +23,7 @@ class FeatureMoments:
     Attributes:
         counts: int64, shape (classes,): images of each class; 0 for a class with fewer than the floor.
         sums: float64, shape (classes, features): sum of h over each class's images.
-        second: float64, shape (features, features): sum over classes of (sum of h h^T over the class) / (its images), so that
-            classes weigh the same; symmetric.
+        second: float64, shape (features, features): sum of h h^T over all the images that are counted; symmetric.
     """
 
     counts: NDArray[np.int64]
