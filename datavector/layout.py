@@ -132,6 +132,10 @@ class TensorFile:
         self.read_into(values, self.layout.offsets[name] + start * FLOAT.itemsize)
         return values.reshape(tensor.shape) if whole else values
 
+    def read_slice(self, values: FloatArray, tensor: str, start: int) -> None:
+        """Fills a contiguous array with the elements of a tensor from `start` on."""
+        self.read_into(values, self.layout.offsets[tensor] + start * FLOAT.itemsize)
+
     def read_into(self, values: FloatArray, offset: int) -> None:
         """Fills a contiguous array from byte `offset` on."""
         target = values.reshape(-1).data.cast("B")

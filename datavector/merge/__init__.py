@@ -1,12 +1,35 @@
 """Merging data vectors: theta_mix = theta_pre + merge(tau_1..tau_N). numpy only.
 
-One method, one function (`sum.py`, `mean.py`). A new one is a file with a function marked `@method(name)`, imported
-here.
+One method, one function, one file. A new one is a file with a function marked `@method(name)`, imported here.
 """
 
+from datavector.merge import dare as dare
+from datavector.merge import fisher as fisher
+from datavector.merge import geometric_median as geometric_median
+from datavector.merge import iso_c as iso_c
+from datavector.merge import krum as krum
 from datavector.merge import mean as mean
+from datavector.merge import median as median
+from datavector.merge import model_stock as model_stock
 from datavector.merge import sum as sum
-from datavector.merge.engine import merge_vectors
-from datavector.merge.registry import Block, choose, method, methods
+from datavector.merge import ties as ties
+from datavector.merge import trimmed_mean as trimmed_mean
+from datavector.merge import tsv as tsv
+from datavector.merge import weighted_mean as weighted_mean
+from datavector.merge.engine import MergeInput, Share, gram_matrix, merge_digest, merge_tensors, merge_vectors
+from datavector.merge.registry import Chosen, body_id, choose, find, method, methods
 
-__all__ = ["Block", "choose", "merge_vectors", "method", "methods"]
+__all__ = [
+    "Chosen",
+    "MergeInput",
+    "Share",
+    "body_id",
+    "choose",
+    "find",
+    "gram_matrix",
+    "merge_digest",
+    "merge_tensors",
+    "merge_vectors",
+    "method",
+    "methods",
+]

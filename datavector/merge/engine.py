@@ -1,143 +1,333 @@
 """Streams over vector files, block by block: memory depends neither on the model nor, for long, on their number.
 
 Blocks are small enough to stay in a core's cache between reading, summing and writing, and each thread has buffers of
-its own, so a merge costs little more than the reading and writing itself.
+its own, so a merge costs little more than the reading and writing itself. Blocks are independent of each other, so
+several processes can share one merge: see `Share`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
-from datavector.errors import MergeError, NotFinite
-from datavector.files import atomic_write, disk_full_at
-from datavector.layout import FLOAT, FloatArray, TensorFile
-from datavector.merge.registry import Merge, choose
+from datavector.errors import Interrupted, MergeError, NotFinite
+from datavector.files import atomic_write, canonical_json, disk_full_at, fsync, sha256_file
+from datavector.layout import FLOAT, FloatArray, Layout, TensorFile, TensorSpec
+from datavector.merge.cohort import Block, Cohort, Tensors, WholeTensor
+from datavector.merge.parallel import in_threads
+from datavector.merge.registry import Chosen, Merge, choose
+from datavector.merge.regmean import fisher_layout, regmean_layout
 from datavector.model import BaseModel, is_statistic
 from datavector.vector import open_vector
 
 BLOCK_BYTES = 512 << 10  # of one block over all hospitals: half of a usual second-level cache
-MOST_ELEMENTS, FEWEST_ELEMENTS = 1 << 15, 1 << 14
-MOST_THREADS = 4
+MOST_ELEMENTS, FEWEST_ELEMENTS = 1 << 15, 1 << 12
 RUN = 64  # neighbouring blocks that a thread takes at once
 
 Progress = Callable[[int, int], None]
 
 
+@dataclass(frozen=True)
+class MergeInput:
+    """One hospital's part of a merge.
+
+    Attributes:
+        path: the vector file.
+        digest: "sha256:<hex>" of the file; "" to have it computed where the method needs it.
+        samples: training images, the weight of methods that weigh.
+        fisher: file of the diagonal Fisher information, where the hospital sent one.
+        regmean: file of the layers' input Gram matrices, where the hospital sent one.
+    """
+
+    path: Path
+    digest: str = ""
+    samples: int = 1
+    fisher: Path | None = None
+    regmean: Path | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a merge that `of` processes do together, on a file system that they share.
+
+    Each writes its blocks into `.<output>.shared` and then leaves a mark. Whoever leaves the last one gives the file
+    its name. A process that was killed is started again, with the same index.
+    """
+
+    index: int
+    of: int
+
+
+class Output(Protocol):
+    """Where merged weights go."""
+
+    def write_slice(self, values: FloatArray, tensor: str, start: int) -> None:
+        """Writes elements of a tensor from `start` on; called from several threads."""
+
+
 def merge_vectors(
     base: BaseModel,
-    vectors: Sequence[Path],
+    vectors: Sequence[MergeInput | Path],
     method: str,
     parameters: Mapping[str, Any],
     output: Path,
     *,
     progress: Progress | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+    share: Share | None = None,
 ) -> None:
     """Writes theta_pre + merge(vectors) in the base model's layout; BatchNorm statistics stay the pretrained ones.
 
     Args:
-        vectors: files of `base`, in any order: the output's bytes are the same.
+        base: of all vectors.
+        vectors: in any order: the output's bytes are the same.
         method: a name from `datavector.merge.methods()`.
         parameters: of the method.
         output: replaced atomically.
-        progress: called with the bytes of the output done and in all.
+        progress: called with the elements of the output done and in all (of the share).
+        cancelled: asked between blocks; True ends the merge, and leaves nothing half-written.
+        share: this process's part, where several merge together.
     Raises:
         ConfigError: an unknown method or parameter.
-        MergeError: there are no vectors.
+        MergeError: there are no vectors, or one lacks the statistics that the method reads.
         WrongLayout: a file is no vector of this base.
         NotFinite: the merged weights overflow float32.
+        Interrupted: it was cancelled.
         DiskFull: no space is left.
     """
-    merge = choose(method, parameters)
-    if not vectors:
-        raise MergeError("there are no vectors to merge", remedy="wait until a hospital has sent one")
+    chosen = choose(method, parameters)
+    inputs = _sorted([each if isinstance(each, MergeInput) else MergeInput(each) for each in vectors], chosen)
     with ExitStack() as files:
         pretrained = files.enter_context(base.open())
-        opened = [files.enter_context(open_vector(path, base)) for path in vectors]
-        target = files.enter_context(atomic_write(output))
-        target.write(base.layout.header)
-        target.flush()
-        work = _Work(merge, pretrained, opened, target.fileno(), output)
-        _run(work, list(_blocks(base, len(opened))), progress)
+        cohort = _open(base, inputs, chosen, files)
+        descriptor = files.enter_context(_shared(output, base.layout, share) if share else _whole(output, base.layout))
+        target = _LayoutFile(descriptor, base.layout, output)
+        merge_tensors(pretrained, cohort, chosen, target, progress=progress, cancelled=cancelled, share=share)
+        if not share or share.index == 0:
+            _copy_statistics(pretrained, base.layout, target)
+
+
+def merge_tensors(
+    pretrained: Tensors,
+    cohort: Cohort,
+    chosen: Chosen,
+    output: Output,
+    *,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] = lambda: False,
+    share: Share | None = None,
+) -> None:
+    """Writes pretrained + merged for the cohort's tensors, wherever they are read from and written to."""
+    with threadpool_limits(1, "blas"):  # the threads are ours; and one thread's sums are the same everywhere
+        merge = chosen.ready(cohort)
+        work = _Work(pretrained, cohort, chosen, merge, output, cancelled)
+        parts = list(_wholes(cohort)) if chosen.method.whole else list(_blocks(cohort))
+        run = 1 if chosen.method.whole else RUN
+        runs = [parts[begin : begin + run] for begin in range(0, len(parts), run)]
+        if share:
+            runs = runs[share.index :: share.of]
+        total, done = sum(piece.count for pieces in runs for piece in pieces), 0
+        for written in in_threads(work.do, runs):
+            done += written
+            if progress:
+                progress(done, total)
+
+
+def merge_digest(base: BaseModel, inputs: Sequence[MergeInput], method: str, parameters: Mapping[str, Any]) -> str:
+    """A digest of all that decides a merge's bytes: the base, the inputs, the method and its parameters."""
+    chosen = choose(method, parameters)
+    content = {
+        "base": base.digest,
+        "inputs": sorted([each.digest, each.samples if chosen.method.weighs else 1] for each in inputs),
+        "method": method,
+        "parameters": dict(chosen.parameters),
+    }
+    return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def gram_matrix(base: BaseModel, vectors: Sequence[MergeInput | Path]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Inner products of all vectors over everything that is merged: float64, shape (hospitals, hospitals)."""
+    inputs = [each if isinstance(each, MergeInput) else MergeInput(each) for each in vectors]
+    with ExitStack() as files, threadpool_limits(1, "blas"):
+        return _open(base, inputs, choose("sum", {}), files).gram
+
+
+# --- Opening --------------------------------------------------------------------------------------------------
+
+
+def _sorted(inputs: list[MergeInput], chosen: Chosen) -> list[MergeInput]:
+    """By digest, where the order or the digest decides bytes."""
+    if chosen.method.exact and chosen.method.name != "dare":
+        return inputs
+    known = [each if each.digest else _with_digest(each) for each in inputs]
+    return sorted(known, key=lambda each: each.digest)
+
+
+def _with_digest(each: MergeInput) -> MergeInput:
+    return MergeInput(each.path, f"sha256:{sha256_file(each.path)}", each.samples, each.fisher, each.regmean)
+
+
+def _open(base: BaseModel, inputs: Sequence[MergeInput], chosen: Chosen, files: ExitStack) -> Cohort:
+    if not inputs:
+        raise MergeError("there are no vectors to merge", remedy="wait until a hospital has sent one")
+
+    def statistics(kind: str, paths: list[Path | None], layout: Layout) -> tuple[Tensors, ...]:
+        if chosen.method.statistics != kind:
+            return ()
+        if missing := [str(each.path) for each, path in zip(inputs, paths, strict=True) if path is None]:
+            raise MergeError(
+                f"{chosen.method.name} reads statistics that {missing[0]} comes without",
+                remedy="let the hospital send them with its vector, or use another method",
+            )
+        return tuple(files.enter_context(TensorFile(path, layout)) for path in paths if path is not None)
+
+    return Cohort(
+        tensors=tuple(spec for spec in base.layout.tensors if not is_statistic(spec.name)),
+        sources=tuple(files.enter_context(open_vector(each.path, base)) for each in inputs),
+        samples=tuple(each.samples for each in inputs),
+        keys=tuple(each.digest for each in inputs),
+        fisher=statistics("fisher", [each.fisher for each in inputs], fisher_layout(base)),
+        regmean=statistics("regmean", [each.regmean for each in inputs], regmean_layout(base)),
+    )
+
+
+# --- Working --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Slice:
-    """`count` elements of a tensor, and where they begin in the base's file and in a vector's, in bytes."""
+class _Piece:
+    """`count` elements of a tensor from `start` on."""
 
-    tensor: str
-    base_offset: int
-    vector_offset: int
+    tensor: TensorSpec
+    start: int
     count: int
 
 
-def _blocks(base: BaseModel, hospitals: int) -> Iterator[_Slice]:
-    length = min(MOST_ELEMENTS, max(FEWEST_ELEMENTS, BLOCK_BYTES // FLOAT.itemsize // hospitals))
-    for spec in base.layout.tensors:
-        begin, vector_begin = base.layout.offsets[spec.name], base.vector_layout.offsets[spec.name]
+def _blocks(cohort: Cohort) -> Iterator[_Piece]:
+    length = min(MOST_ELEMENTS, max(FEWEST_ELEMENTS, BLOCK_BYTES // FLOAT.itemsize // len(cohort)))
+    for spec in cohort.tensors:
         for start in range(0, spec.elements, length):
-            skipped = start * FLOAT.itemsize
-            yield _Slice(spec.name, begin + skipped, vector_begin + skipped, min(length, spec.elements - start))
+            yield _Piece(spec, start, min(length, spec.elements - start))
 
 
+def _wholes(cohort: Cohort) -> Iterator[_Piece]:
+    """Whole tensors, the largest first, so that no thread is left with one at the end."""
+    for spec in sorted(cohort.tensors, key=lambda spec: (-spec.elements, spec.name)):
+        if spec.elements:
+            yield _Piece(spec, 0, spec.elements)
+
+
+@dataclass(frozen=True, eq=False)
 class _Work:
-    """What the threads share, and the buffers that each has for itself."""
+    """What the threads share."""
 
-    def __init__(
-        self, merge: Merge, pretrained: TensorFile, vectors: Sequence[TensorFile], descriptor: int, output: Path
-    ) -> None:
-        self.merge = merge
-        self.pretrained = pretrained
-        self.vectors = vectors
-        self.descriptor = descriptor
-        self.output = output
+    pretrained: Tensors
+    cohort: Cohort
+    chosen: Chosen
+    merge: Merge
+    output: Output
+    cancelled: Callable[[], bool]
 
-    def do(self, slices: Sequence[_Slice]) -> int:
-        """Merges and writes some slices; returns their bytes."""
-        largest = max(piece.count for piece in slices)
-        weights = np.empty(largest, dtype=FLOAT)
-        rows = np.empty((len(self.vectors), largest), dtype=FLOAT)
-        for piece in slices:
-            self._merge(piece, weights[: piece.count], rows[:, : piece.count])
-        return sum(piece.count for piece in slices) * FLOAT.itemsize
+    def do(self, pieces: Sequence[_Piece]) -> int:
+        """Merges and writes some pieces, in buffers of their own; returns their elements."""
+        largest = max(piece.count for piece in pieces)
+        weights: FloatArray = np.empty(largest, dtype=FLOAT)
+        rows = np.empty((0 if self.chosen.method.whole else len(self.cohort), largest), dtype=FLOAT)
+        statistics = np.empty((len(self.cohort.fisher), largest), dtype=FLOAT)
+        for piece in pieces:
+            if self.cancelled():
+                raise Interrupted("the merge was stopped", remedy="start it again; nothing half-written is left")
+            count = slice(piece.count)
+            self._merge(piece, weights[count], rows[:, count], statistics[:, count])
+        return sum(piece.count for piece in pieces)
 
-    def _merge(self, piece: _Slice, weights: FloatArray, rows: FloatArray) -> None:
-        self.pretrained.read_into(weights, piece.base_offset)
-        if not is_statistic(piece.tensor):
-            for vector, row in zip(self.vectors, rows, strict=True):
-                vector.read_into(row, piece.vector_offset)
-            with np.errstate(over="ignore", invalid="ignore"):
-                weights += self.merge(rows)
-            if not np.isfinite(weights).all():
-                raise NotFinite(
-                    f"the merged weights of {piece.tensor} overflow",
-                    remedy="a vector has values out of proportion: check the vectors, or use the mean",
-                )
-        left, offset = weights.data.cast("B"), piece.base_offset
-        with disk_full_at(self.output):
+    def _merge(self, piece: _Piece, weights: FloatArray, rows: FloatArray, statistics: FloatArray) -> None:
+        name = piece.tensor.name
+        self.pretrained.read_slice(weights, name, piece.start)
+        if self.chosen.method.whole:
+            part: WholeTensor | Block = WholeTensor(piece.tensor, self.cohort)
+        else:
+            _read(self.cohort.sources, rows, piece)
+            _read(self.cohort.fisher, statistics, piece)
+            part = Block(rows, name, piece.start, statistics if self.cohort.fisher else None)
+        with np.errstate(over="ignore", invalid="ignore"):
+            weights += self.merge(part).reshape(-1)
+        if not np.isfinite(weights).all():
+            raise NotFinite(
+                f"the merged weights of {name} overflow",
+                remedy="a vector has values out of proportion: check the vectors, or use the mean",
+            )
+        self.output.write_slice(weights, name, piece.start)
+
+
+def _read(sources: Sequence[Tensors], rows: FloatArray, piece: _Piece) -> None:
+    for source, row in zip(sources, rows, strict=True):
+        source.read_slice(row, piece.tensor.name, piece.start)
+
+
+# --- Writing --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _LayoutFile:
+    """A file of a layout, open for writing anywhere."""
+
+    descriptor: int
+    layout: Layout
+    path: Path
+
+    def write_slice(self, values: FloatArray, tensor: str, start: int) -> None:
+        left, offset = values.data.cast("B"), self.layout.offsets[tensor] + start * FLOAT.itemsize
+        with disk_full_at(self.path):
             while left:
                 done = os.pwrite(self.descriptor, left, offset)
                 left, offset = left[done:], offset + done
 
 
-def _run(work: _Work, slices: Sequence[_Slice], progress: Progress | None) -> None:
-    """Every thread takes runs of neighbouring slices, so each file is read forwards."""
-    total = sum(piece.count for piece in slices) * FLOAT.itemsize
-    runs = [slices[begin : begin + RUN] for begin in range(0, len(slices), RUN)]
-    done = 0
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+def _copy_statistics(pretrained: TensorFile, layout: Layout, output: Output) -> None:
+    for spec in layout.tensors:
+        if is_statistic(spec.name) and spec.elements:
+            output.write_slice(pretrained.read(spec.name).reshape(-1), spec.name, 0)
+
+
+@contextmanager
+def _whole(output: Path, layout: Layout) -> Iterator[int]:
+    with atomic_write(output) as file:
+        file.write(layout.header)
+        file.flush()
+        yield file.fileno()
+
+
+@contextmanager
+def _shared(output: Path, layout: Layout, share: Share) -> Iterator[int]:
+    """The file that all shares write into; it gets its name when each has left its mark."""
+    partial = output.with_name(f".{output.name}.shared")
+    marks = [partial.with_name(f"{partial.name}-{index}-of-{share.of}") for index in range(share.of)]
+    with disk_full_at(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            for written in threads.map(work.do, runs):
-                done += written
-                if progress:
-                    progress(done, total)
-        except BaseException:
-            threads.shutdown(wait=True, cancel_futures=True)
-            raise
+            os.ftruncate(descriptor, layout.size)
+            os.pwrite(descriptor, layout.header, 0)
+            yield descriptor
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        with atomic_write(marks[share.index]) as file:
+            file.write(b"done\n")
+        if all(mark.exists() for mark in marks):
+            try:
+                partial.replace(output)
+            except FileNotFoundError:  # another process has left the last mark at the same time
+                return
+            fsync(output.parent)
+            for mark in marks:
+                mark.unlink(missing_ok=True)

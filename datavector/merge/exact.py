@@ -9,51 +9,64 @@ added in ascending order instead.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
-from datavector.layout import FloatArray
+DoubleArray = NDArray[np.float64]
+Rows = NDArray[np.floating[Any]]
 
 ANCHOR = 192.0  # in the middle of [128, 256), where float64 resolves 2^-45
 LARGEST = 16.0  # of a contribution on the grid
 LARGEST_SUM = 48.0  # ANCHOR + LARGEST + LARGEST_SUM = 2^8, so partial sums with an ANCHOR in them stay exact
 
 
-def exact_sum(block: FloatArray) -> NDArray[np.float64]:
+def exact_sum(rows: Rows) -> DoubleArray:
     """Sums over hospitals.
 
     Args:
-        block: float32, shape (hospitals, elements), finite.
+        rows: float32 or float64, shape (hospitals, elements), finite.
     Returns:
         float64, shape (elements,): the same bits for any order of the rows and any cut between elements.
     """
-    limit = min(LARGEST, LARGEST_SUM / len(block))
-    if -limit <= block.min(initial=0.0) and block.max(initial=0.0) <= limit:
-        return _grid_sum(block)
-    large = (np.abs(block) > limit).any(axis=0)
-    total = np.empty(block.shape[1])
-    total[~large] = _grid_sum(block[:, ~large])
-    total[large] = _sorted_sum(block[:, large])
+    limit = min(LARGEST, LARGEST_SUM / len(rows))
+    if -limit <= rows.min(initial=0.0) and rows.max(initial=0.0) <= limit:
+        return _grid_sum(rows)
+    large = (np.abs(rows) > limit).any(axis=0)
+    total = np.empty(rows.shape[1])
+    total[~large] = _grid_sum(rows[:, ~large])
+    total[large] = _sorted_sum(rows[:, large])
     return total
 
 
-def _grid_sum(block: FloatArray) -> NDArray[np.float64]:
+def exact_weighted_sum(rows: Rows, weights: DoubleArray) -> DoubleArray:
+    """Sums weight x row over hospitals, each product rounded alone.
+
+    Args:
+        rows: shape (hospitals, elements).
+        weights: shape (hospitals,).
+    """
+    return exact_sum(rows * weights[:, None])
+
+
+def _grid_sum(rows: Rows) -> DoubleArray:
     """Every second row carries +ANCHOR, the others -ANCHOR, so most cancel without an operation of their own."""
-    total = np.zeros(block.shape[1])
+    total = np.zeros(rows.shape[1])
     rounded = np.empty_like(total)
     anchor = ANCHOR
-    for row in block:
+    for row in rows:
         rounded[:] = row
         rounded += anchor
         total += rounded
         anchor = -anchor
-    if len(block) % 2:
+    if len(rows) % 2:
         total -= ANCHOR
     return total
 
 
-def _sorted_sum(block: FloatArray) -> NDArray[np.float64]:
-    total = np.zeros(block.shape[1])
-    for row in np.sort(block.astype(np.float64), axis=0):
+def _sorted_sum(rows: Rows) -> DoubleArray:
+    total = np.zeros(rows.shape[1])
+    for row in np.sort(rows.astype(np.float64), axis=0):
         total += row
     return total

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from datavector.layout import FloatArray
+from datavector.layout import FLOAT, FloatArray
+from datavector.merge.cohort import Block
 from datavector.merge.exact import exact_sum
-from datavector.merge.registry import Block, method
+from datavector.merge.registry import method
 
 
-@method("mean")
+@method("mean", exact=True)
 def mean_vectors(block: Block) -> FloatArray:
     """Exact, order-independent mean over hospitals.
 
     Args:
-        block: float32, shape (hospitals, elements): one slice of one tensor.
+        block: one slice of one tensor of every vector.
     Returns:
         float32, shape (elements,).
     """
-    total = exact_sum(block)
-    total /= len(block)
-    return total.astype(np.float32)
+    total = exact_sum(block.rows)
+    total /= len(block.rows)
+    return total.astype(FLOAT)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from datavector.merge.inputs import MergeInput
+from datavector.merge.engine import MergeInput
 from datavector.model import BaseModel
 
 

@@ -6,8 +6,13 @@ import pytest
 
 from datavector.errors import ConfigError
 from datavector.merge import choose, method, methods
+from datavector.merge.cohort import Block, Cohort
 
 BLOCK = np.array([[1, 2], [3, 5]], dtype=np.float32)
+
+
+def merged(name, **parameters):
+    return choose(name, parameters).ready(Cohort((), (), (), ()))(Block(BLOCK))
 
 
 def test_the_paper_and_the_mean_are_there():
@@ -15,11 +20,11 @@ def test_the_paper_and_the_mean_are_there():
 
 
 def test_a_parameter_reaches_its_method():
-    np.testing.assert_array_equal(choose("sum", {"scale": 0.5})(BLOCK), np.array([2, 3.5], dtype=np.float32))
+    np.testing.assert_array_equal(merged("sum", scale=0.5), np.array([2, 3.5], dtype=np.float32))
 
 
 def test_results_are_float32():
-    assert all(choose(name, {})(BLOCK).dtype == np.float32 for name in methods())
+    assert all(merged(name).dtype == np.float32 for name in ("mean", "sum", "median"))
 
 
 def test_an_unknown_parameter_is_refused_with_the_nearest_one():
