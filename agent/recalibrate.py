@@ -49,11 +49,13 @@ class Recalibration:
         moments: of this hospital alone, by layer.
         logits: float32, shape (images, classes).
         images: how many were used.
+        features: what the head took, float32, shape (images, features); None where nobody asked.
     """
 
     moments: dict[str, Moments]
     logits: torch.Tensor
     images: int
+    features: torch.Tensor | None = None
 
 
 def recalibrate(
@@ -114,13 +116,23 @@ def measure(
     images: torch.Tensor,
     exchange: Exchange,
     *,
+    head: str | None = None,
     device: torch.device | str = "cpu",
 ) -> Recalibration:
-    """One pass over just these images, uint8, shape (images, 3, size, size)."""
-    inputs = preprocess(images.to(device), base.input)
-    with full_precision(torch.device(device)):
+    """One pass over just these images, uint8, shape (images, 3, size, size).
+
+    Args:
+        head: name of the layer whose input is wanted as features.
+    """
+    inputs, features = preprocess(images.to(device), base.input), list[torch.Tensor]()
+    with full_precision(torch.device(device)), ExitStack() as hooks:
+        if head:
+            keep = network.get_submodule(head).register_forward_pre_hook(
+                lambda _, arguments: features.append(arguments[0].float().cpu())
+            )
+            hooks.callback(keep.remove)
         moments, logits = forward_with_moments(network.to(device), inputs, exchange)
-    return Recalibration(moments, logits.float().cpu(), len(images))
+    return Recalibration(moments, logits.float().cpu(), len(images), features[0] if features else None)
 
 
 def own_alone(_: str, own: Moments) -> Moments:

@@ -25,7 +25,8 @@ from aggregator.store import Store, Visit
 from datavector.errors import DataVectorError, DiskFull, WrongDigest
 from datavector.files import disk_full_at, sha256_file
 from datavector.merge import merge_vectors
-from datavector.merge.batchnorm import Moments, pool_layers, uploaded, write_restored
+from datavector.merge.batchnorm import Moments, pool_layers, restore, uploaded
+from datavector.merge.restored import write_restored
 from datavector.model import BaseModel
 
 LONGEST_MESSAGE = 4000  # characters; Kubernetes takes 4096 bytes of a termination message
@@ -97,7 +98,7 @@ def release(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, A
 
     calibration, moments = calibrate(store, version, base)
     calibrated = store.version(version.name) / "calibrated.safetensors"
-    write_restored(calibrated, base, store.merged(version.name), moments)
+    write_restored(calibrated, base, store.merged(version.name), restore(moments))
     network = build(base)
     load_file(network, calibrated, base.layout)
     status, spec = version.status, version.spec

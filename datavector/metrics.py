@@ -71,3 +71,30 @@ def per_class(confusion: Confusion) -> list[ClassMetrics]:
 
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else float("nan")
+
+
+BINS = 10  # of confidence
+
+
+def reliability(labels: ArrayLike, probabilities: ArrayLike) -> NDArray[np.float64]:
+    """How sure a model was, and how often it was right then (a reliability diagram's data; arXiv 1706.04599).
+
+    Args:
+        labels: integers, shape (images,).
+        probabilities: shape (images, classes).
+    Returns:
+        float64, shape (BINS, 3): by confidence, in equal steps from 0 to 1: images, those recognised, and the sum of
+        the confidences.
+    """
+    truth, sure = np.asarray(labels, dtype=np.int64), np.asarray(probabilities, dtype=np.float64)
+    bins = np.zeros((BINS, 3))
+    if len(truth):
+        confidence, right = sure.max(axis=1), sure.argmax(axis=1) == truth
+        places = np.clip((confidence * BINS).astype(np.int64), 0, BINS - 1)
+        np.add.at(bins, places, np.stack([np.ones(len(truth)), right, confidence], axis=1))
+    return bins
+
+
+def calibration_error(bins: NDArray[np.float64]) -> float:
+    """Expected calibration error: by how much confidence and accuracy differ, over all images; NaN without any."""
+    return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum()) if bins[:, 0].sum() else float("nan")

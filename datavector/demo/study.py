@@ -22,7 +22,8 @@ from datavector.data.images import ImageSet
 from datavector.demo.report import Score
 from datavector.layout import FloatArray, TensorFile, write_tensors
 from datavector.merge import merge_vectors
-from datavector.merge.batchnorm import Moments, pool_layers, uploaded, write_restored
+from datavector.merge.batchnorm import Moments, pool_layers, restore, uploaded
+from datavector.merge.restored import write_restored
 from datavector.metrics import accuracy, balanced_accuracy
 from datavector.model import BaseModel, is_statistic
 from datavector.networks import build, head_tensors, load_file, load_weights, preprocess
@@ -123,7 +124,7 @@ class Study:
 
     def _restored(self, merged: Path, moments: dict[str, Moments]) -> Score:
         restored = self.folder / "restored.safetensors"
-        write_restored(restored, self.base, merged, moments)
+        write_restored(restored, self.base, merged, restore(moments))
         return self._score(self._network(restored))
 
     def _merge(self, vectors: Sequence[Path], name: str) -> Path:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datavector.errors import MergeError, NotFinite, WrongLayout
-from datavector.layout import FLOAT, FloatArray, TensorFile, write_tensors
+from datavector.layout import FLOAT, FloatArray
 from datavector.model import BaseModel
 from datavector.vector import open_vector
 
@@ -88,19 +88,6 @@ def restore(moments: Mapping[str, Moments]) -> dict[str, FloatArray]:
         tensors[f"{layer}.running_mean"] = each.mean.astype(FLOAT)
         tensors[f"{layer}.running_var"] = each.variance.astype(FLOAT)
     return tensors
-
-
-def write_restored(path: Path, base: BaseModel, merged: Path, moments: Mapping[str, Moments]) -> None:
-    """Copies merged weights with the statistics of the layers in `moments` replaced, atomically.
-
-    Raises:
-        WrongLayout: the weights are of another model, or a layer has another number of channels.
-        DiskFull: no space is left.
-    """
-    restored = restore(moments)
-    with TensorFile(merged, base.layout) as weights:
-        names = (spec.name for spec in base.layout.tensors)
-        write_tensors(path, base.layout, (restored[name] if name in restored else weights.read(name) for name in names))
 
 
 def uploaded(base: BaseModel, vector: Path, sample_count: int) -> dict[str, Moments]:

@@ -3,17 +3,25 @@
 A hospital gives, per class, count and sum of its penultimate features, and their second moment over all classes. From
 the sums over hospitals the head follows exactly, also where hospitals hold different classes; a hospital's part can be
 taken out again by leaving its sums out. numpy only.
+
+The head is that of linear discriminant analysis (Fisher, doi 10.1111/j.1469-1809.1936.tb02137.x): classes are Gaussian
+around their means with one covariance, and equally likely, however many images each has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from datavector.errors import MergeError, NotFinite, WrongLayout
+from datavector.layout import FLOAT, FloatArray
+
 DoubleArray = NDArray[np.float64]
+Kind = Literal["lda", "ridge"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,18 +32,83 @@ class FeatureMoments:
         counts: int64, shape (classes,): images of each class; 0 for a class with fewer than the floor.
         sums: float64, shape (classes, features): sum of h over each class's images.
         second: float64, shape (features, features): sum of h h^T over all the images that are counted; symmetric.
+    Raises:
+        WrongLayout: the shapes do not belong together, or a count is negative.
+        NotFinite: a value is NaN or infinite.
     """
 
     counts: NDArray[np.int64]
     sums: DoubleArray
     second: DoubleArray
 
+    def __post_init__(self) -> None:
+        remedy = "measure the features again, with the weights that the task names"
+        classes, features = self.sums.shape if self.sums.ndim == 2 else (-1, -1)
+        if self.counts.shape != (classes,) or self.second.shape != (features, features) or (self.counts < 0).any():
+            raise WrongLayout(
+                f"feature moments have shapes {self.counts.shape}, {self.sums.shape} and {self.second.shape}, "
+                "or a negative count",
+                remedy=remedy,
+            )
+        if not (np.isfinite(self.sums).all() and np.isfinite(self.second).all()):
+            raise NotFinite("feature moments hold NaN or infinity", remedy=remedy)
+
 
 def pool_features(moments: Sequence[FeatureMoments]) -> FeatureMoments:
-    """The sums of everybody's images together. Any order of the same moments gives the same bits."""
-    raise NotImplementedError
+    """The sums of everybody's images together. Any order of the same moments gives the same bits.
+
+    Raises:
+        MergeError: there are none, or they are of different models.
+    """
+    if not moments or len({each.sums.shape for each in moments}) > 1:
+        raise MergeError(
+            "there are no feature moments, or of different models", remedy="pool those of one merged model"
+        )
+    counts: NDArray[np.int64] = np.sum([each.counts for each in moments], axis=0)
+    return FeatureMoments(counts, _sum([each.sums for each in moments]), _sum([each.second for each in moments]))
 
 
-def solve_head(moments: FeatureMoments, *, strength: float = 1.0) -> tuple[DoubleArray, DoubleArray]:
-    """Weight (classes, features) and bias (classes,) of the head, float64."""
-    raise NotImplementedError
+def missing_classes(moments: FeatureMoments) -> list[int]:
+    """The classes of which there is no image; with one of them there is no head."""
+    return [int(index) for index in np.flatnonzero(moments.counts == 0)]
+
+
+def solve_head(moments: FeatureMoments, *, strength: float = 1.0, kind: Kind = "lda") -> tuple[FloatArray, FloatArray]:
+    """The head that the moments determine.
+
+    Args:
+        moments: of everybody together; every class has images.
+        strength: shrinkage of the covariance: added to its diagonal, in units of its mean diagonal element.
+        kind: linear discriminants, or a ridge regression on the classes with each class weighing the same.
+    Returns:
+        float32: weight, shape (classes, features), and bias, shape (classes,).
+    Raises:
+        MergeError: a class has no image.
+    """
+    if missing := missing_classes(moments):
+        raise MergeError(
+            f"nobody gave features of {len(missing)} classes", remedy="lower head.floor, or keep the merged head"
+        )
+    classes, features = moments.sums.shape
+    means = moments.sums / moments.counts[:, None]
+    within = (moments.second - means.T @ (moments.counts[:, None] * means)) / moments.counts.sum()
+    centre = means.mean(axis=0)
+    offsets = means - centre  # the centre only moves all logits by the same amount: taken out for precision
+    if kind == "ridge":
+        within = within + offsets.T @ offsets / classes
+    within[np.diag_indices(features)] += strength * max(np.trace(within), np.finfo(np.float64).tiny) / features
+    weight = np.linalg.solve(within, offsets.T).T
+    if kind == "ridge":
+        weight /= classes
+        bias = 1 / classes - weight @ centre
+    else:
+        bias = -0.5 * np.sum(weight * offsets, axis=1) - weight @ centre
+    return weight.astype(FLOAT), bias.astype(FLOAT)
+
+
+def _sum(arrays: Sequence[DoubleArray]) -> DoubleArray:
+    """Adds element by element in ascending order of the values, so the order of the arrays does not matter."""
+    total = np.zeros(arrays[0].shape)
+    for values in np.sort(np.stack(arrays), axis=0):
+        total += values
+    return total

@@ -16,7 +16,8 @@ from aggregator.resources import ModelVersion, Phase, utc_now
 from aggregator.store import Store, Visit
 from datavector.files import sha256_file
 from datavector.layout import TensorFile
-from datavector.merge.batchnorm import Moments, pool, write_restored
+from datavector.merge.batchnorm import Moments, pool, restore
+from datavector.merge.restored import write_restored
 from datavector.model import BaseModel, is_statistic
 from datavector.vector import open_vector
 from tests.aggregator.objects import policy
@@ -224,7 +225,7 @@ def test_restoring_replaces_the_statistics_and_nothing_else(store, start, small_
     run(store, version, "merge")
     moments = visit(small_base, "north", 30).moments
     moments.pop("bn1")
-    write_restored(tmp_path / "restored", small_base, store.merged(version.name), moments)
+    write_restored(tmp_path / "restored", small_base, store.merged(version.name), restore(moments))
     with (
         TensorFile(tmp_path / "restored", small_base.layout) as restored,
         TensorFile(store.merged(version.name), small_base.layout) as merged,
