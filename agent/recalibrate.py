@@ -20,7 +20,7 @@ from torch import nn
 
 from datavector.data.images import ImageSet
 from datavector.errors import TryAgain, WrongLayout
-from datavector.merge.batchnorm import Moments
+from datavector.merge.batchnorm import Moments, pool
 from datavector.model import BaseModel
 from datavector.networks import batchnorm_modules, preprocess
 
@@ -138,6 +138,11 @@ def measure(
 def own_alone(_: str, own: Moments) -> Moments:
     """The exchange of a hospital's own model: exact statistics of its own images, in place of running averages."""
     return own
+
+
+def pooled_with(others: dict[str, Moments], layer: str, own: Moments) -> Moments:
+    """A visitor's own fresh moments, pooled with what earlier visitors left for that layer."""
+    return pool([own, others[layer]]) if layer in others else own
 
 
 @torch.no_grad()

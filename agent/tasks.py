@@ -8,12 +8,11 @@ from functools import partial
 
 from agent.client import Client, inside
 from agent.metrics import Metrics
-from agent.recalibrate import images_in_memory, measure
+from agent.recalibrate import images_in_memory, measure, pooled_with
 from agent.settings import AgentSettings
 from agent.train import choose_device
 from datavector.data.images import ImageSet
 from datavector.errors import NotFound, TryAgain, Unreachable
-from datavector.merge.batchnorm import Moments, pool
 from datavector.model import BaseModel
 from datavector.networks import build, load_file
 from datavector.wire.v1.exchange_pb2 import TASK_KIND_RECALIBRATE_MEETING, TASK_KIND_RECALIBRATE_VISIT, Task
@@ -103,11 +102,6 @@ class TaskServer:
         for path in (self.settings.state / FOLDER).glob(f"*{SUFFIX}*"):
             if path.name.removeprefix(".").partition(SUFFIX)[0] not in versions:
                 path.unlink()
-
-
-def pooled_with(others: dict[str, Moments], layer: str, own: Moments) -> Moments:
-    """A visitor's own fresh moments, pooled with what earlier visitors left for that layer."""
-    return pool([own, others[layer]]) if layer in others else own
 
 
 def _why_skipped(kind: str, settings: AgentSettings) -> str:

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from agent.recalibrate import forward_with_moments, own_alone, recalibrate
-from agent.tasks import pooled_with
+from agent.recalibrate import forward_with_moments, own_alone, pooled_with, recalibrate
 from agent.train import TrainSettings, evaluate, train
 from datavector.data.images import ImageSet
 from datavector.demo.report import Score

@@ -1,0 +1,99 @@
+"""What some merge methods read beside a vector, measured on the hospital's training images with its own tuned model.
+
+Diagonal Fisher information (arXiv 2111.09832) and the Gram matrices of layers' inputs (RegMean, arXiv 2212.09849).
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from datavector.data.images import ImageSet
+from datavector.layout import FloatArray, write_tensors
+from datavector.merge.cohort import as_matrix
+from datavector.merge.regmean import fisher_layout, regmean_layout
+from datavector.model import BaseModel
+from datavector.networks import preprocess
+
+BATCH = 16
+
+
+def write_fisher(
+    path: Path, network: nn.Module, base: BaseModel, images: ImageSet, *, device: torch.device | str = "cpu"
+) -> None:
+    """Mean over the images of the squared gradient of the label's log-probability, for each weight.
+
+    What has no gradient (BatchNorm statistics) is 0.
+    """
+    network = network.to(device).eval()
+    weights = dict(network.named_parameters())
+    total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+    for index in range(len(images)):
+        logits = network(preprocess(images.images[index : index + 1].to(device), base.input))
+        loss = functional.cross_entropy(logits, images.labels[index : index + 1].to(device))
+        gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+        for name, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None:
+                total[name] += gradient.square() / len(images)
+
+    def tensor(name: str, shape: tuple[int, ...]) -> FloatArray:
+        return total[name].cpu().numpy() if name in total else np.zeros(shape, dtype=np.float32)
+
+    layout = fisher_layout(base)
+    write_tensors(path, layout, (tensor(spec.name, spec.shape) for spec in layout.tensors), mode=0o600)
+
+
+@torch.no_grad()
+def write_regmean(
+    path: Path, network: nn.Module, base: BaseModel, images: ImageSet, *, device: torch.device | str = "cpu"
+) -> None:
+    """Sum of x x^T over the inputs x of each linear or convolutional layer (patches of an image, for the latter)."""
+    network = network.to(device).eval()
+    grams: dict[str, torch.Tensor] = {}
+
+    def add(name: str, layer: nn.Module, values: torch.Tensor) -> None:
+        rows = _rows(layer, values).double()
+        grams[name] = grams.get(name, 0) + rows.T @ rows
+
+    with ExitStack() as hooks:
+        for name, layer in network.named_modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d) and as_matrix(layer.weight.shape):
+                handle = layer.register_forward_pre_hook(
+                    lambda module, arguments, name=f"{name}.weight": add(name, module, arguments[0])
+                )
+                hooks.callback(handle.remove)
+        for batch in torch.split(images.images, BATCH):
+            network(preprocess(batch.to(device), base.input))
+
+    def tensor(name: str, shape: tuple[int, ...]) -> FloatArray:
+        gram = grams.get(name)  # a weight that is used without a layer of its own has none: its mean is taken
+        return np.eye(shape[0], dtype=np.float32) if gram is None else gram.float().cpu().numpy()
+
+    layout = regmean_layout(base)
+    write_tensors(path, layout, (tensor(spec.name, spec.shape) for spec in layout.tensors), mode=0o600)
+
+
+def _rows(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:
+    """A layer's inputs as rows, shape (places, inputs of one output)."""
+    if isinstance(layer, nn.Linear):
+        return values.reshape(-1, values.shape[-1])
+    assert isinstance(layer, nn.Conv2d)  # noqa: S101  the only other kind that is asked for
+    patches = _patches(layer, values)
+    return patches.transpose(1, 2).reshape(-1, layer.weight[0].numel())
+
+
+def _patches(layer: nn.Conv2d, values: torch.Tensor) -> torch.Tensor:
+    """(images, inputs x kernel, places); of a grouped convolution every group's, one after the other."""
+    if isinstance(layer.padding, str):
+        values = functional.pad(values, layer._reversed_padding_repeated_twice)
+        padding: tuple[int, int] = (0, 0)
+    else:
+        padding = (layer.padding[0], layer.padding[1])
+    unfolded = functional.unfold(values, layer.kernel_size, layer.dilation, padding, layer.stride)
+    images, _, places = unfolded.shape
+    return unfolded.reshape(images * layer.groups, -1, places)
