@@ -1,10 +1,10 @@
 """How good merged models are: every merge method beside single hospitals, pooled training and federated averaging.
 
-    python -m bench.accuracy run --data DIR --output results.jsonl     # DIR holds brain-mri's manifest.csv
-    python -m bench.accuracy table results.jsonl
+    python -m bench.accuracy run --data DIR --output RESULTS     # DIR holds brain-mri's manifest.csv
+    python -m bench.accuracy table RESULTS
 
-A cell is one way to divide images among hospitals, a number of hospitals and a seed. A cell's line is appended when it
-is finished, and a cell with a line is not run again. With a GPU, cells run beside each other on it.
+A cell is one way to divide images among hospitals, a number of hospitals and a seed. Each has a file in the folder of
+results, written after every stage; a cell that is finished is not run again. With a GPU, cells run beside each other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch import nn
 from torch.nn import functional
 
 from agent.features import class_moments
-from agent.recalibrate import measure, own_alone, pooled_with
+from agent.recalibrate import choose_images, measure, own_alone, pooled_with
 from agent.statistics import write_fisher, write_regmean
 from agent.train import (
     Augmented,
@@ -45,10 +45,11 @@ from datavector.data.images import ImageSet, load_images
 from datavector.data.lesions import Look
 from datavector.data.manifest import read_by_column
 from datavector.data.records import Record, assign_splits
+from datavector.files import write_json
 from datavector.layout import write_tensors
 from datavector.merge import MergeInput, body_id, gram_matrix, merge_vectors
 from datavector.merge.batchnorm import Moments, pool_layers, restore
-from datavector.merge.head import FeatureMoments, missing_classes, pool_features, solve_head
+from datavector.merge.head import FeatureMoments, Kind, missing_classes, pool_features, solve_head
 from datavector.metrics import accuracy, balanced_accuracy, confusion_matrix
 from datavector.model import is_statistic
 from datavector.networks import (
@@ -63,33 +64,38 @@ from datavector.networks import (
 )
 from datavector.vector import open_vector, write_vector
 
-SIZE, VALIDATION, IMAGES = 128, 0.15, 120
+SIZE, VALIDATION, IMAGES = 128, 0.15, 480
 FLOOR = 5
 BODIES: tuple[tuple[str, dict[str, float]], ...] = (
     ("mean", {}),
     ("sum", {}),
-    ("sum", {"scale": 0.5}),
-    ("sum", {"scale": 0.75}),
-    ("weighted-mean", {}),
-    ("ties", {}),
-    ("ties", {"scale": 2}),
-    ("ties", {"density": 0.5, "scale": 2}),
-    ("dare", {}),
     ("iso-c", {}),
     ("iso-c", {"scale": 0.5}),
-    ("iso-c", {"scale": 0.75}),
-    ("iso-c", {"scale": 1.25}),
+    ("ties", {"scale": 2}),
+    ("sum", {"scale": 0.5}),
     ("tsv", {}),
-    ("trimmed-mean", {"trim": 0.25}),
-    ("median", {}),
-    ("geometric-median", {}),
-    ("krum", {}),
     ("model-stock", {}),
     ("fisher", {}),
     ("regmean", {}),
+    ("iso-c", {"scale": 1.25}),
+    ("weighted-mean", {}),
+    ("geometric-median", {}),
+    ("trimmed-mean", {"trim": 0.25}),
+    ("median", {}),
+    ("krum", {}),
+    ("ties", {}),
+    ("dare", {}),
 )
-HEADS = [(kind, strength) for kind in ("lda", "ridge") for strength in (0.1, 1.0, 10.0)]
-DIVISIONS = ("hospital_iid", "hospital_label_skew", "lesions", "lesions_shift")
+HEADS: tuple[tuple[str, Kind, float], ...] = (
+    ("visit", "lda", 0.1),
+    ("visit", "lda", 1.0),
+    ("visit", "lda", 10.0),
+    ("visit", "ridge", 1.0),
+    ("restored", "lda", 1.0),
+)
+USUAL = "visit lda 1"
+DIVISIONS = ("hospital_iid", "hospital_label_skew", "lesions_shift")
+FISHER_IMAGES = 32
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,8 @@ class Setting:
     images: int
     bodies: int
     attacks: bool
-    test: int = 0
+    test: int
+    output: str
 
 
 def main() -> None:
@@ -128,7 +135,7 @@ def main() -> None:
     run.add_argument("--workers", type=int, default=1)
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--epochs", type=int, default=16)
-    run.add_argument("--images", type=int, default=IMAGES)
+    run.add_argument("--images", type=int, default=IMAGES, help="training images of all hospitals together")
     run.add_argument("--bodies", type=int, default=len(BODIES), help="only the first ones")
     run.add_argument("--no-attacks", action="store_true")
     run.add_argument("--test", type=int, default=0, help="only so many test images; all where 0")
@@ -142,11 +149,12 @@ def main() -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     wanted = [part for part in arguments.cells.split(",") if part]
-    done = {json.loads(line)["cell"] for line in _lines(arguments.output)}
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    done = {each["cell"] for each in read_results(arguments.output) if each["finished"]}
     cells = [
         cell
-        for hospitals in (8, 4)  # the long ones first
         for seed in range(3)
+        for hospitals in (4, 8)
         for division in DIVISIONS
         if (cell := Cell(division, hospitals, seed)).name not in done
         and (not wanted or any(part in cell.name for part in wanted))
@@ -159,6 +167,7 @@ def _run(arguments: argparse.Namespace) -> None:
         arguments.bodies,
         not arguments.no_attacks,
         arguments.test,
+        str(arguments.output),
     )
     started = time.monotonic()
     context = multiprocessing.get_context("spawn")
@@ -169,13 +178,12 @@ def _run(arguments: argparse.Namespace) -> None:
             except Exception as error:
                 print(f"a cell failed: {type(error).__name__}: {error}", flush=True)
                 continue
-            with arguments.output.open("a") as file:
-                file.write(json.dumps(result) + "\n")
             print(f"{time.monotonic() - started:6.0f} s  {result['cell']}  ({result['seconds']:.0f} s)", flush=True)
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """What was measured of each cell, finished or not."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
 # --- One cell -------------------------------------------------------------------------------------------------
@@ -189,10 +197,17 @@ def study(cell: Cell, setting: Setting) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="dv-study-", dir=memory if memory.is_dir() else None))
     try:
         started = time.monotonic()
-        result = Study(cell, setting, folder).run()
-        return {"cell": cell.name, "seconds": time.monotonic() - started, **result}
+        result: dict[str, Any] = {"cell": cell.name, "finished": False, "timing": {}}
+        Study(cell, setting, folder).run(result)
+        result |= {"finished": True, "seconds": time.monotonic() - started}
+        _save(setting, result)
+        return result
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _save(setting: Setting, result: Mapping[str, Any]) -> None:
+    write_json(Path(setting.output) / f"{result['cell'].replace('/', '-')}.json", result)
 
 
 class Study:
@@ -213,16 +228,19 @@ class Study:
             self.validation[name] = self._load([each for each in split if each.split == "val"])
         self.test = self._load(test[:: max(1, len(test) // setting.test)] if setting.test else test)
         self.head = head_layer(self.base)
+        self._reused = build(self.base).to(self.device)
         self.inputs: dict[str, MergeInput] = {}
 
-    def run(self) -> dict[str, Any]:
-        results: dict[str, Any] = {"timing": {}}
+    def run(self, results: dict[str, Any]) -> None:
+        """Fills in what was measured, stage by stage."""
         clock = time.monotonic()
 
         def lap(stage: str) -> None:
             nonlocal clock
+            print(f"  {self.cell.name}: {stage}, {time.monotonic() - clock:.0f} s", flush=True)
             results["timing"][stage] = round(time.monotonic() - clock, 1)
             clock = time.monotonic()
+            _save(self.setting, results)
 
         results["images"] = {name: len(each) for name, each in self.training.items()}
         for name in self.training:
@@ -249,20 +267,19 @@ class Study:
         for method, parameters in BODIES[: self.setting.bodies]:
             body = body_id(method, parameters)
             merged = self._merge(inputs, method, parameters)
-            results["bodies"][body], judged = self._candidates(merged)
+            results["bodies"][body], judged = self._candidates(merged, more=body in ("sum", "iso-c"))
             results["judged"] |= {f"{body}{suffix}": counts for suffix, counts in judged.items()}
-        lap("bodies")
-        for body in ("mean", "sum", "iso-c"):
+            lap(body)
+        for body in ("sum", "iso-c"):
             if body in results["bodies"]:
                 merged = self._merge(inputs, body, {})
                 results["bodies"][body]["second visit"] = self._visited(merged, rounds=2)
                 results["bodies"][body]["meeting"] = self._met(merged)
         results["controls"] = self._controls()
         lap("controls")
-        if self.setting.attacks:
+        if self.setting.attacks and self.cell.seed == 0 and self.cell.division != "lesions_shift":
             results["attacks"] = self._attacks()
             lap("attacks")
-        return results
 
     # --- Learning
 
@@ -281,9 +298,14 @@ class Study:
         network = build(self.base)
         load_file(network, result.weights, self.base.layout)
         if not rotate:
-            write_fisher(folder / "fisher", network, self.base, images, device=self.device)
+            write_fisher(folder / "fisher", network, self.base, self._few(images), device=self.device)
             write_regmean(folder / "regmean", network, self.base, images, device=self.device)
         return MergeInput(folder / "vector", f"sha256:{digest}", len(images), folder / "fisher", folder / "regmean")
+
+    def _few(self, images: ImageSet) -> ImageSet:
+        chosen = choose_images(len(images), FISHER_IMAGES, self.cell.seed)
+        records = tuple(images.records[index] for index in chosen.tolist())
+        return replace(images, images=images.images[chosen], labels=images.labels[chosen], records=records)
 
     def _single(self, name: str) -> nn.Module:
         with self.base.open() as pretrained, open_vector(self.inputs[name].path, self.base) as vector:
@@ -382,26 +404,29 @@ class Study:
         met = measure(self._network(merged), self.base, everybody.images, own_alone, device=self.device)
         return self._score(self._forward(self._restored(merged, met.moments), self.test)[0])
 
-    def _candidates(self, merged: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    def _candidates(
+        self, merged: Path, *, quick: bool = False, more: bool = False
+    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         """Scores on the test images with the merged head and with closed-form ones; and the hospitals' counts."""
         moments, first = self._visits(merged)
         network = self._restored(merged, moments)
-        last = pool_features([self._moments(self._forward(network, each)[1], each) for each in self.training.values()])
         logits, features = self._forward(network, self.test)
         scores: dict[str, Any] = {"merged": self._score(logits)}
         held = {name: self._forward(network, images) for name, images in self.validation.items()}
         judged = {"": {name: self._confusion(each[0], self.validation[name]) for name, each in held.items()}}
-        for when, pooled in (("visit", first), ("restored", last)):
-            if missing_classes(pooled):
+        pooled = {"visit": first}
+        if more:
+            restored = [self._moments(self._forward(network, each)[1], each) for each in self.training.values()]
+            pooled["restored"] = pool_features(restored)
+        for when, kind, strength in HEADS:
+            key = f"{when} {kind} {strength:g}"
+            if when not in pooled or missing_classes(pooled[when]) or (quick and key != USUAL):
                 continue
-            for kind, strength in HEADS:
-                weight, bias = map(torch.from_numpy, solve_head(pooled, strength=strength, kind=kind))
-                key = f"{when} {kind} {strength:g}"
-                scores[key] = self._score(features @ weight.T + bias)
-                judged[f".head {key}"] = {
-                    name: self._confusion(each[1] @ weight.T + bias, self.validation[name])
-                    for name, each in held.items()
-                }
+            weight, bias = map(torch.from_numpy, solve_head(pooled[when], strength=strength, kind=kind))
+            scores[key] = self._score(features @ weight.T + bias)
+            judged[f".head {key}"] = {
+                name: self._confusion(each[1] @ weight.T + bias, self.validation[name]) for name, each in held.items()
+            }
         return scores, judged
 
     def _controls(self) -> dict[str, Any]:
@@ -447,16 +472,16 @@ class Study:
             gram = gram_matrix(self.base, inputs)
             found[attack] = {"gram": gram.tolist()}
             for method, parameters in ATTACKED:
-                scores, _ = self._candidates(self._merge(inputs, method, parameters))
-                best = scores.get("visit lda 1", scores["merged"])
+                scores, _ = self._candidates(self._merge(inputs, method, parameters), quick=True)
+                best = scores.get(USUAL, scores["merged"])
                 found[attack][body_id(method, parameters)] = [scores["merged"], best]
         inputs = [each for _, each in others]
         found["without it"] = {}
         for method, parameters in ATTACKED:
-            scores, _ = self._candidates(self._merge(inputs, method, parameters))
+            scores, _ = self._candidates(self._merge(inputs, method, parameters), quick=True)
             found["without it"][body_id(method, parameters)] = [
                 scores["merged"],
-                scores.get("visit lda 1", scores["merged"]),
+                scores.get(USUAL, scores["merged"]),
             ]
         return found
 
@@ -470,9 +495,9 @@ class Study:
     # --- Measuring
 
     def _network(self, weights: Path) -> nn.Module:
-        network = build(self.base)
-        load_file(network, weights, self.base.layout)
-        return network
+        """The one network that is used again and again."""
+        load_file(self._reused, weights, self.base.layout)
+        return self._reused
 
     @torch.no_grad()
     def _forward(self, network: nn.Module, images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
@@ -536,7 +561,7 @@ def divide(cell: Cell, setting: Setting, folder: Path) -> tuple[tuple[str, ...],
         if cell.division == "lesions_shift":
             synthetic.hospital_look = wide_look  # type: ignore[assignment]
         manifest = synthetic.synthesise(
-            folder / "images", hospitals=cell.hospitals, images=setting.images, seed=cell.seed
+            folder / "images", hospitals=cell.hospitals, images=setting.images // cell.hospitals, seed=cell.seed
         )
         column = "hospital"
     else:
@@ -549,7 +574,7 @@ def divide(cell: Cell, setting: Setting, folder: Path) -> tuple[tuple[str, ...],
         hospitals = _halved(hospitals, cell)
     drawn = {}
     for name in sorted(hospitals):
-        order = np.random.default_rng(cell.seed).permutation(len(hospitals[name]))[: setting.images]
+        order = np.random.default_rng(cell.seed).permutation(len(hospitals[name]))[: setting.images // cell.hospitals]
         drawn[name] = [replace(hospitals[name][index], split="") for index in sorted(order)]
     return tuple(sorted({record.label for record in everything})), drawn, test
 
@@ -597,7 +622,7 @@ def wide_look(seed: int, hospital: int) -> Look:
 
 
 def _tables(path: Path) -> None:
-    print(len(_lines(path)), "cells")
+    print(len(read_results(path)), "cells")
 
 
 if __name__ == "__main__":

@@ -96,7 +96,8 @@ def solve_head(moments: FeatureMoments, *, strength: float = 1.0, kind: Kind = "
     offsets = means - centre  # the centre only moves all logits by the same amount: taken out for precision
     if kind == "ridge":
         within = within + offsets.T @ offsets / classes
-    within[np.diag_indices(features)] += strength * max(np.trace(within), np.finfo(np.float64).tiny) / features
+    rounding = np.finfo(np.float64).eps * np.trace(moments.second) / moments.counts.sum()
+    within[np.diag_indices(features)] += strength * (max(np.trace(within), rounding) or 1.0) / features
     weight = np.linalg.solve(within, offsets.T).T
     if kind == "ridge":
         weight /= classes

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from datavector.metrics import ClassMetrics, accuracy, balanced_accuracy, confusion_matrix, per_class
+from datavector.metrics import (
+    ClassMetrics,
+    accuracy,
+    balanced_accuracy,
+    calibration_error,
+    confusion_matrix,
+    per_class,
+    reliability,
+)
 
 PAIRS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1)
 
@@ -65,3 +73,13 @@ def test_metrics_equal_their_definitions(pairs: list[tuple[int, int]]) -> None:
         others = [prediction != kind for label, prediction in pairs if label != kind]
         if others:
             assert metrics.specificity == pytest.approx(np.mean(others))
+
+
+def test_reliability_counts_images_hits_and_confidence_by_bin():
+    probabilities = [[0.95, 0.05], [0.55, 0.45], [0.1, 0.9], [1.0, 0.0]]
+    bins = reliability([0, 1, 1, 1], probabilities)
+    assert bins[9].tolist() == pytest.approx([3, 2, 2.85])
+    assert bins[5].tolist() == pytest.approx([1, 0, 0.55])
+    assert bins[:, 0].sum() == 4
+    assert calibration_error(bins) == pytest.approx((abs(2 - 2.85) + 0.55) / 4)
+    assert math.isnan(calibration_error(reliability([], np.zeros((0, 2)))))
