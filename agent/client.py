@@ -27,6 +27,7 @@ import grpc
 
 from agent.ledger import WITHDRAWAL, Ledger, Sending
 from agent.proxy import dial, split_address
+from datavector.choice import Counts
 from datavector.errors import (
     CertificateError,
     DataVectorError,
@@ -39,8 +40,11 @@ from datavector.errors import (
 )
 from datavector.files import disk_full_at, fsync, sha256_file
 from datavector.merge.batchnorm import Moments
+from datavector.merge.head import FeatureMoments
 from datavector.wire.certs import CertificateReport, Identity
 from datavector.wire.chunks import MAX_MESSAGE
+from datavector.wire.counts import to_counts_message
+from datavector.wire.features import to_rows
 from datavector.wire.moments import from_message, to_message
 from datavector.wire.renewal import Renewable
 from datavector.wire.status import read_error
@@ -51,6 +55,8 @@ from datavector.wire.v1.exchange_pb2 import (
     DescribeReleaseRequest,
     DescribeReply,
     DescribeRequest,
+    EvaluateReply,
+    EvaluateRequest,
     FetchRequest,
     FileInfo,
     ListTasksReply,
@@ -73,6 +79,7 @@ from datavector.wire.v1.exchange_pb2_grpc import ExchangeStub
 
 FIRST_DELAY, LONGEST_DELAY = 0.5, 2.5  # seconds between tries
 CALL_SECONDS = 60.0
+SLOWEST = 1 << 15  # bytes a second: of a link that is still worth waiting for
 CONNECT_SECONDS = 5
 HANG_UPS = 3  # in a row, each right after the handshake, that are a refusal: fewer are chance, a server that stops
 
@@ -252,21 +259,40 @@ class Client:
 
         return self.patiently(attempt)
 
-    def complete_visit(self, task: Task, moments: Mapping[str, Moments], *, images: int) -> VisitReply:
-        """Leaves this hospital's own moments by layer, as a whole or not at all."""
-        messages = [
-            VisitRequest(open=VisitOpen(task_id=task.id)),
-            *(VisitRequest(layer=to_message(layer, values)) for layer, values in moments.items()),
-            VisitRequest(final=VisitFinal(images=images, layers=len(moments))),
-        ]
+    def complete_visit(
+        self,
+        task: Task,
+        moments: Mapping[str, Moments],
+        features: Mapping[str, FeatureMoments] | None = None,
+        *,
+        images: int,
+    ) -> VisitReply:
+        """Leaves this hospital's own moments, as a whole or not at all.
+
+        Args:
+            moments: by `<merge>/<layer>`.
+            features: by merge.
+        """
+        parts = [VisitRequest(layer=to_message(layer, values)) for layer, values in moments.items()]
+        for merge, sums in (features or {}).items():
+            parts += [VisitRequest(features=rows) for rows in to_rows(merge, sums)]
+        opening, final = VisitOpen(task_id=task.id), VisitFinal(images=images, layers=len(parts))
+        messages = [VisitRequest(open=opening), *parts, VisitRequest(final=final)]
         content = b"".join(message.SerializeToString(deterministic=True) for message in messages)
+        patience = CALL_SECONDS + len(content) / SLOWEST
         with self._sending("visit", content=content, base=task.base_digest, version=task.version) as sending:
             return self.patiently(
-                lambda: self.result(
-                    self._stub().CompleteVisit.future(iter(messages), timeout=CALL_SECONDS), VisitReply
-                ),
+                lambda: self.result(self._stub().CompleteVisit.future(iter(messages), timeout=patience), VisitReply),
                 sending,
             )
+
+    def evaluate(self, task: Task, counts: Mapping[str, Counts]) -> EvaluateReply:
+        """Tells what this hospital found for each model of the task."""
+        models = [to_counts_message(name, each) for name, each in counts.items()]
+        request = EvaluateRequest(task_id=task.id, models=models)
+        content = request.SerializeToString(deterministic=True)
+        with self._sending("evaluation", content=content, base=task.base_digest, version=task.version) as sending:
+            return self.patiently(lambda: self.unary("Evaluate", request, EvaluateReply), sending)
 
     @contextmanager
     def meet(self, task: Task, *, images: int, wait_seconds: int = 0) -> Iterator[Meeting]:

@@ -194,7 +194,7 @@ def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
         settings=site.settings,
         client=site.client,
         base=ready.base,
-        load_images=lambda: _load_images(site, ready)[0],
+        load_images=lambda split: _load_images(site, ready, (split,))[0],
         metrics=site.metrics,
         show=say,
         meeting_wait_seconds=0 if until_stopped else site.settings.tasks.meeting_wait_seconds,
@@ -211,7 +211,7 @@ def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
             raise Interrupted("stopped while waiting for tasks", remedy="start it again to go on")
 
 
-def _load_images(site: Site, ready: Ready, splits: Sequence[str] = ("train",)) -> list[ImageSet]:
+def _load_images(site: Site, ready: Ready, splits: Sequence[str]) -> list[ImageSet]:
     """The images of each split; corrupt ones are named, and left out. What earlier settings had decoded is removed.
 
     Raises:

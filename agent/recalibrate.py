@@ -82,7 +82,7 @@ def recalibrate(
     return measure(network, base, image_set.images[chosen], exchange, device=device)
 
 
-def images_in_memory(
+def chosen_in_memory(
     network: nn.Module,
     base: BaseModel,
     image_set: ImageSet,
@@ -92,7 +92,7 @@ def images_in_memory(
     device: torch.device | str = "cpu",
     free: int | None = None,
 ) -> torch.Tensor:
-    """The images of a visit or a meeting: uint8, shape (images, 3, size, size), as many as memory allows now.
+    """Which images a visit or a meeting uses, as ascending indices: as many as memory allows now.
 
     Args:
         free: bytes of memory that are free; what `free_memory` finds where absent.
@@ -107,7 +107,7 @@ def images_in_memory(
             f"memory has room for {room} images only",
             remedy="free some, or give the agent more; it tries again when it next asks for tasks",
         )
-    return image_set.images[choose_images(len(image_set), min(max_images, room), seed)]
+    return choose_images(len(image_set), min(max_images, room), seed)
 
 
 def measure(

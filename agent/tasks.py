@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
 
 from agent.client import Client, inside
+from agent.features import class_moments
 from agent.metrics import Metrics
-from agent.recalibrate import images_in_memory, measure, pooled_with
+from agent.recalibrate import Exchange, chosen_in_memory, measure, pooled_with
 from agent.settings import AgentSettings
-from agent.train import choose_device
+from agent.train import choose_device, evaluate_counts
+from datavector.choice import Counts
 from datavector.data.images import ImageSet
 from datavector.errors import NotFound, TryAgain, Unreachable
+from datavector.merge.batchnorm import Moments
+from datavector.merge.head import FeatureMoments
 from datavector.model import BaseModel
 from datavector.networks import build, load_file
-from datavector.wire.v1.exchange_pb2 import TASK_KIND_RECALIBRATE_MEETING, TASK_KIND_RECALIBRATE_VISIT, Task
+from datavector.wire.v1.exchange_pb2 import (
+    TASK_KIND_EVALUATE,
+    TASK_KIND_RECALIBRATE_MEETING,
+    TASK_KIND_RECALIBRATE_VISIT,
+    FileInfo,
+    Task,
+)
 
-FOLDER, SUFFIX = "tasks", ".safetensors"  # of merged weights, in the state folder
-KINDS = {TASK_KIND_RECALIBRATE_VISIT: "visit", TASK_KIND_RECALIBRATE_MEETING: "meeting"}
+FOLDER, SUFFIX = "tasks", ".safetensors"  # of weights to look at, in the state folder
+KINDS = {
+    TASK_KIND_RECALIBRATE_VISIT: "visit",
+    TASK_KIND_EVALUATE: "evaluation",
+    TASK_KIND_RECALIBRATE_MEETING: "meeting",  # last: it may wait for others
+}
 
 
 @dataclass(frozen=True)
@@ -41,14 +60,14 @@ class TaskServer:
     """Serves the tasks that wait for this hospital.
 
     Attributes:
-        load_images: the hospital's training images; called once, when the first task needs them.
+        load_images: the hospital's images of a split, "train" or "val"; called when a task needs them.
         meeting_wait_seconds: longest wait for a meeting's quorum; 0 for as long as it is wanted.
     """
 
     settings: AgentSettings
     client: Client
     base: BaseModel
-    load_images: Callable[[], ImageSet]
+    load_images: Callable[[str], ImageSet]
     metrics: Metrics
     show: Callable[[str], None]
     meeting_wait_seconds: int
@@ -57,54 +76,96 @@ class TaskServer:
         """Serves what is waiting now."""
         reply = self.client.list_tasks()
         self._forget_all_but({task.version for task in reply.tasks})
-        visits_first = sorted(reply.tasks, key=lambda task: task.kind == TASK_KIND_RECALIBRATE_MEETING)
-        failed = tuple(task.id for task in visits_first if not self._serve(task))
+        order = list(KINDS)
+        in_order = sorted(reply.tasks, key=lambda task: order.index(task.kind) if task.kind in KINDS else -1)
+        failed = tuple(task.id for task in in_order if not self._serve(task))
         return Served(float(reply.poll_seconds), len(reply.tasks), failed)
 
     def _serve(self, task: Task) -> bool:
         """Returns whether there is nothing left to do for it."""
         kind = KINDS.get(task.kind, "unknown")
-        if kind == "unknown" or not self.settings.tasks.recalibrate or task.base_digest != self.base.digest:
+        if why := self._why_skipped(task, kind):
             self.metrics.tasks.labels(kind, "skipped").inc()
-            self.show(f"task {task.id}: skipped ({_why_skipped(kind, self.settings)})")
+            self.show(f"task {task.id}: skipped ({why})")
             return True
         try:
-            images = self._recalibrate(task, kind)
+            images = self._evaluate(task) if kind == "evaluation" else self._recalibrate(task, kind)
         except (NotFound, TryAgain, Unreachable) as error:
             gone = isinstance(error, NotFound)  # the version was overtaken; else a meeting fell apart or the link broke
             self.metrics.tasks.labels(kind, "gone" if gone else "failed").inc()
             self.show(f"task {task.id}: {error}")
             return gone
         self.metrics.tasks.labels(kind, "done").inc()
-        self.show(f"task {task.id}: {kind} for {task.version} with {images} images")
+        models = f"{len(task.weights)} models of " if len(task.weights) > 1 else ""
+        self.show(f"task {task.id}: {kind} for {models}{task.version} with {images} images")
         return True
 
     def _recalibrate(self, task: Task, kind: str) -> int:
-        """One forward pass over the hospital's images with the merged weights; returns how many were used."""
-        weights = inside(self.settings.state / FOLDER, f"{task.version}{SUFFIX}")
-        self.client.fetch(task.weights, weights, task_id=task.id)
-        network, device = build(self.base), choose_device(self.settings.training.device)
-        load_file(network, weights, self.base.layout)
-        most = self.settings.tasks.max_images
-        images = images_in_memory(network, self.base, self.load_images(), max_images=most, device=device)
+        """One forward pass over the hospital's images with each merge's weights; returns how many were used."""
+        training, device = self.load_images("train"), choose_device(self.settings.training.device)
+        network, most = build(self.base), self.settings.tasks.max_images
+        chosen = chosen_in_memory(network, self.base, training, max_images=most, device=device)
+        images, labels = training.images[chosen], training.labels[chosen]
         if kind == "meeting":
             with self.client.meet(task, images=len(images), wait_seconds=self.meeting_wait_seconds) as meeting:
-                measure(network, self.base, images, meeting.pool, device=device)
-        else:
-            others = self.client.begin_visit(task)
-            result = measure(network, self.base, images, partial(pooled_with, others), device=device)
-            self.client.complete_visit(task, result.moments, images=result.images)
-        weights.unlink()
+                for merge in self._load_each(task, network):
+                    measure(network, self.base, images, _renamed(merge, meeting.pool), device=device)
+            return len(images)
+        others, moments = self.client.begin_visit(task), dict[str, Moments]()
+        features, head = dict[str, FeatureMoments](), self.base.head if task.class_floor else None
+        for merge in self._load_each(task, network):
+            exchange = _renamed(merge, partial(pooled_with, others))
+            found = measure(network, self.base, images, exchange, head=head, device=device)
+            moments |= {f"{merge}/{layer}": own for layer, own in found.moments.items()}
+            if found.features is not None:
+                classes = len(self.base.classes)
+                features[merge] = class_moments(found.features, labels, classes, floor=task.class_floor)
+        self.client.complete_visit(task, moments, features, images=len(images))
         return len(images)
+
+    def _evaluate(self, task: Task) -> int:
+        """Counts of each model's answers on the hospital's validation images; returns how many those are."""
+        images, device = self.load_images("val"), choose_device(self.settings.training.device)
+        if not len(images):
+            self.show("there are no validation images, so this hospital evaluates nothing")
+            return 0
+        network, counts = build(self.base), dict[str, Counts]()
+        for model in self._load_each(task, network):
+            counts[model] = evaluate_counts(network, self.base, images, device=device)
+        self.client.evaluate(task, counts)
+        return len(images)
+
+    def _load_each(self, task: Task, network: nn.Module) -> Iterator[str]:
+        """Fetches each model's weights, loads them into the network, and gives the model's name."""
+        for file in task.weights:
+            with self._fetched(task, file) as path:
+                load_file(network.to(torch.device("cpu")), path, self.base.layout)
+            yield file.name.removesuffix(SUFFIX)
+
+    @contextmanager
+    def _fetched(self, task: Task, file: FileInfo) -> Iterator[Path]:
+        path = inside(self.settings.state / FOLDER, f"{task.version}-{file.name}")
+        self.client.fetch(file, path, task_id=task.id)
+        yield path
+        path.unlink()
 
     def _forget_all_but(self, versions: Collection[str]) -> None:
         """Removes weights, also half-fetched ones, of versions that no task names any more."""
         for path in (self.settings.state / FOLDER).glob(f"*{SUFFIX}*"):
-            if path.name.removeprefix(".").partition(SUFFIX)[0] not in versions:
+            if not any(path.name.lstrip(".").startswith(f"{version}-") for version in versions):
                 path.unlink()
 
+    def _why_skipped(self, task: Task, kind: str) -> str:
+        """Why a task is not for this hospital; empty where it is."""
+        tasks = self.settings.tasks
+        if kind == "unknown":
+            return "this agent is too old for it"
+        if task.base_digest != self.base.digest:
+            return "of another base model"
+        switched_on = tasks.evaluate if kind == "evaluation" else tasks.recalibrate
+        return "" if switched_on else "switched off in the settings"
 
-def _why_skipped(kind: str, settings: AgentSettings) -> str:
-    if kind == "unknown":
-        return "this agent is too old for it"
-    return "of another base model" if settings.tasks.recalibrate else "switched off in the settings"
+
+def _renamed(merge: str, exchange: Exchange) -> Exchange:
+    """An exchange under names that tell the merges' layers apart."""
+    return lambda layer, own: exchange(f"{merge}/{layer}", own)

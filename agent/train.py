@@ -34,11 +34,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from agent.recalibrate import own_alone, recalibrate
+from datavector.choice import Counts
 from datavector.data.images import ImageSet
 from datavector.errors import DataVectorError, Interrupted, NoImages, NotFinite, TrainingFailed, UsageError, recreate
 from datavector.files import TEMPORARY, atomic_write, canonical_json, disk_full_at, write_json
 from datavector.layout import FloatArray, TensorFile, write_tensors
-from datavector.metrics import Confusion, accuracy, balanced_accuracy, confusion_matrix
+from datavector.metrics import Confusion, accuracy, balanced_accuracy, confusion_matrix, reliability
 from datavector.model import BaseModel
 from datavector.networks import build, export_tensors, load_file, preprocess
 
@@ -389,6 +390,16 @@ def evaluate(
     """Confusion matrix, int64 (classes, classes), of a network in eval mode on uint8 images."""
     logits = _logits(network, base, image_set.images, batch_size, torch.device(device))
     return confusion_matrix(image_set.labels.numpy(), logits.argmax(1).numpy(), len(base.classes))
+
+
+def evaluate_counts(
+    network: nn.Module, base: BaseModel, image_set: ImageSet, *, device: torch.device | str = "cpu"
+) -> Counts:
+    """What a network in eval mode makes of uint8 images, as counts alone."""
+    logits = _logits(network, base, image_set.images, EVALUATION_BATCH, torch.device(device))
+    labels, classes = image_set.labels.numpy(), len(base.classes)
+    confusion = confusion_matrix(labels, logits.argmax(1).numpy(), classes)
+    return Counts(confusion, reliability(labels, logits.double().softmax(1).numpy()))
 
 
 def choose_device(wanted: str) -> torch.device:

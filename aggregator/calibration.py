@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from aggregator.meeting import Read, Room, Write
@@ -22,17 +22,21 @@ class OpenCalibration:
     """What a version wants from hospitals while it is Calibrating.
 
     Attributes:
+        bodies: the ways to merge it, each of which is calibrated.
         hospitals: whose vectors are merged; only they are asked.
         quorum: how many must take part.
         rounds: visits per hospital.
+        class_floor: images of a class from which on a visitor gives its features' sums; 0 for no features.
     """
 
     version: str
     base_digest: str
     mode: CalibrationMode
+    bodies: tuple[str, ...]
     hospitals: tuple[str, ...]
     quorum: int
     rounds: int
+    class_floor: int
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,10 @@ class Offer:
         return self.calibration.mode is CalibrationMode.MEETING
 
 
-def batchnorm_channels(base: BaseModel) -> dict[str, int]:
-    """Channels of each BatchNorm layer."""
-    return {layer: base.layout.by_name[f"{layer}.running_mean"].elements for layer in base.batchnorm_layers}
+def batchnorm_channels(base: BaseModel, bodies: Iterable[str]) -> dict[str, int]:
+    """Channels of each BatchNorm layer of each body, by `<body>/<layer>`."""
+    channels = {layer: base.layout.by_name[f"{layer}.running_mean"].elements for layer in base.batchnorm_layers}
+    return {f"{body}/{layer}": count for body in bodies for layer, count in channels.items()}
 
 
 class Calibrations:
@@ -136,7 +141,7 @@ class Calibrations:
                 return offer
         raise _not_waiting(hospital, task_id)
 
-    def complete(self, hospital: str, offer: Offer, base: BaseModel, images: int, moments: dict[str, Moments]) -> str:
+    def complete(self, hospital: str, offer: Offer, base: BaseModel, visit: Visit) -> str:
         """Stores a visit; one that was finished before stays as it is, since its answer may have got lost.
 
         Returns:
@@ -149,12 +154,14 @@ class Calibrations:
         version = offer.calibration.version
         if not 1 <= offer.round <= self._store.rounds(version).get(hospital, 0):
             offer = self.offer(hospital, offer.id)
-            if missing := sorted(set(base.batchnorm_layers) - set(moments)):
+            if missing := sorted(set(batchnorm_channels(base, offer.calibration.bodies)) - set(visit.moments)):
                 raise ProtocolError(
                     f"a visit lacks {len(missing)} layers, such as {missing[0]!r}", remedy="visit again"
                 )
-            demand_images(images)
-            self._store.save_visit(version, Visit(hospital, images, offer.round, moments))
+            if offer.calibration.class_floor and base.head and not visit.features:
+                raise ProtocolError("a visit lacks the sums of features", remedy="use a matching version, visit again")
+            demand_images(visit.images)
+            self._store.save_visit(version, visit)
             self._saved(offer.calibration, 1)
         done = self._store.rounds(version)
         missing = [name for name in offer.calibration.hospitals if done.get(name, 0) < offer.round]
@@ -171,7 +178,7 @@ class Calibrations:
             room = self._rooms[calibration.version] = Room(
                 len(calibration.hospitals),
                 calibration.quorum,
-                batchnorm_channels(base),
+                batchnorm_channels(base, calibration.bodies),
                 grace_seconds=self._grace,
                 poll_seconds=self._poll,
                 wanted=lambda: calibration in self._open(),
@@ -192,9 +199,11 @@ class Calibrations:
                     version=version.name,
                     base_digest=version.spec.base_model_ref,
                     mode=version.spec.calibration.mode,
+                    bodies=tuple(version.bodies),
                     hospitals=version.hospitals,
                     quorum=quorum(policy.calibration, version),
                     rounds=version.spec.calibration.visits,
+                    class_floor=version.spec.head.floor if version.asks_features else 0,
                 )
 
     def _save_meeting(self, calibration: OpenCalibration, visits: list[Visit]) -> None:

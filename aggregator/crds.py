@@ -17,10 +17,12 @@ import yaml
 
 from aggregator.resources import (
     API_VERSION,
+    AUTO,
     GROUP,
     KINDS,
     BaseModelResource,
     BaseModelSpec,
+    Candidate,
     DataVector,
     MergePolicy,
     Method,
@@ -146,7 +148,10 @@ FIELD_RULES: dict[tuple[type, str], list[Json]] = {
     (Resources, "limits"): [_QUANTITIES],
 }
 # What can be named in a field, where the type is open.
-FIELD_VALUES: dict[tuple[type, str], tuple[str, ...]] = {(Method, "name"): methods()}
+FIELD_VALUES: dict[tuple[type, str], tuple[str, ...]] = {
+    (Method, "name"): (AUTO, *methods()),
+    (Candidate, "name"): methods(),
+}
 # Lists of objects in which a field's value occurs once.
 LIST_KEYS = {"conditions": "type", "inputs": "dataVector"}
 
@@ -180,6 +185,7 @@ COLUMNS: dict[type[Resource], list[Json]] = {
         column("Images", ".spec.sampleCount", "integer"),
         column("Consent", ".spec.consent"),
         condition("Stored", "Stored"),
+        condition("Quarantined", "Quarantined"),
         column("Merged-In", ".status.mergedIn", description="Ready versions that contain it."),
         column("Erased", ".status.erasedAt", "date", wide=True, description="How long ago its file was erased."),
         AGE,
@@ -196,6 +202,10 @@ COLUMNS: dict[type[Resource], list[Json]] = {
     ModelVersion: [
         column("Policy", ".spec.policyRef"),
         column("Phase", ".status.phase"),
+        column(
+            "Chosen", ".status.evaluation.chosen", description="The candidate that the hospitals' evaluation chose."
+        ),
+        column("Validated", ".status.evaluation.validated", "boolean"),
         condition("Ready", "Ready"),
         column("Message", ".status.message", wide=True),
         AGE,

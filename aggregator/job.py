@@ -1,7 +1,8 @@
 """One stage of a version's work, in a process of its own: `python -m aggregator.job STORE VERSION STAGE`.
 
-merge    adds the vectors to the pretrained weights; needs no torch
-release  restores the BatchNorm statistics and exports the release
+merge    adds the vectors to the pretrained weights, in every way that is to be tried; needs no torch
+restore  makes the models that hospitals evaluate; needs no torch
+release  restores the BatchNorm statistics of the chosen one, and exports the release
 
 A stage reads the store, writes its result atomically and reports last, so a stage that was killed is simply run
 again. The last line on stderr says why a stage failed. Exit codes: 0 done, 1 failed, 2 used wrongly, 3 failed for a
@@ -19,14 +20,22 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from aggregator.reconcile import EXIT_PASSING
-from aggregator.resources import CalibrationMode, ModelVersion, utc_now
+import numpy as np
+from numpy.typing import NDArray
+
+from aggregator.reconcile import EXIT_PASSING, preferred
+from aggregator.resources import AUTO, FALLBACK, CalibrationMode, HeadMode, ModelVersion, VersionInput, utc_now
 from aggregator.store import Store, Visit
+from datavector.choice import HEAD, SINGLE, total
 from datavector.errors import DataVectorError, DiskFull, WrongDigest
 from datavector.files import disk_full_at, sha256_file
-from datavector.merge import merge_vectors
-from datavector.merge.batchnorm import Moments, pool_layers, restore, uploaded
-from datavector.merge.restored import write_restored
+from datavector.layout import FloatArray
+from datavector.merge import MergeInput, gram_matrix, merge_vectors
+from datavector.merge.batchnorm import Moments, pool_layers, uploaded
+from datavector.merge.batchnorm import restore as restored_statistics
+from datavector.merge.head import missing_classes, pool_features, solve_head
+from datavector.merge.outliers import inspect_vectors
+from datavector.merge.restored import write_restored, write_tuned
 from datavector.model import BaseModel
 
 LONGEST_MESSAGE = 4000  # characters; Kubernetes takes 4096 bytes of a termination message
@@ -36,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m aggregator.job", description=__doc__)
     parser.add_argument("store", type=Path)
     parser.add_argument("version")
-    parser.add_argument("stage", choices=("merge", "release"))
+    parser.add_argument("stage", choices=("merge", "restore", "release"))
     parser.add_argument("--termination-log", type=Path, help="file for the report or the reason of a failure")
     parser.add_argument("--end-with-parent", action="store_true", help="end when standard input is closed")
     arguments = parser.parse_args()
@@ -70,7 +79,7 @@ def run_stage(store: Store, name: str, stage: str) -> dict[str, Any]:
     store.remove_leftovers(name)
     version = ModelVersion.parse(store.read_version(name))
     base = store.base(version.spec.base_model_ref)
-    work = {"merge": merge, "release": release}[stage]
+    work = {"merge": merge, "restore": restore, "release": release}[stage]
     with disk_full_at(store.root):
         report = work(store, version, base)
     store.write_report(name, stage, report)
@@ -78,71 +87,212 @@ def run_stage(store: Store, name: str, stage: str) -> dict[str, Any]:
 
 
 def merge(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, Any]:
-    """theta_pre + the merged vectors, with the pretrained BatchNorm statistics."""
-    vectors = [store.blob(entry.hospital, entry.digest) for entry in version.spec.inputs]
-    for entry, path in zip(version.spec.inputs, vectors, strict=True):
-        if not path.is_file() or f"sha256:{sha256_file(path)}" != entry.digest:
+    """theta_pre + the merged vectors, with the pretrained BatchNorm statistics, in every way that is to be tried."""
+    inputs = [_input(store, entry) for entry in version.spec.inputs]
+    for entry, each in zip(version.spec.inputs, inputs, strict=True):
+        if not each.path.is_file() or f"sha256:{sha256_file(each.path)}" != entry.digest:
             raise WrongDigest(
                 f"the stored vector {entry.data_vector} is missing or altered",
                 remedy="restore the store's volume, or let the hospital send it again",
             )
-    method = version.spec.method
-    merge_vectors(base, vectors, method.name, method.parameters, store.merged(version.name))
-    return {"weights_sha256": sha256_file(store.merged(version.name))}
+    weights = {}
+    for body, candidate in version.bodies.items():
+        output = store.merged(version.name, body)
+        merge_vectors(base, inputs, candidate.name, candidate.parameters, output)
+        weights[body] = sha256_file(output)
+    gram = gram_matrix(base, inputs)
+    inspections = inspect_vectors(base, inputs, gram)
+    outliers = {
+        entry.data_vector: found.reason
+        for entry, found in zip(version.spec.inputs, inspections, strict=True)
+        if found.reason
+    }
+    return {
+        "weights_sha256": next(iter(weights.values())),
+        "weights": weights,
+        "outliers": outliers,
+        "cohort": _cohort(version, gram),
+    }
+
+
+def restore(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, Any]:
+    """Every model that hospitals shall evaluate: the candidates, and the hospitals' own."""
+    calibration, visits = calibrate(store, version, base)
+    names = []
+    for body in version.bodies:
+        for name, replaced in candidates_of(store, version, base, body, visits).items():
+            write_restored(store.restored(version.name, name), base, store.merged(version.name, body), replaced)
+            names.append(name)
+    if version.singles:
+        for entry in version.spec.inputs:
+            output = store.restored(version.name, f"{SINGLE}{entry.hospital}")
+            write_tuned(output, base, store.blob(entry.hospital, entry.digest))
+    return {"candidates": names, "calibration": calibration}
 
 
 def release(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, Any]:
-    """Restores the BatchNorm statistics and writes the release."""
+    """Restores the chosen candidate and writes the release."""
     from datavector.networks import build, load_file
     from datavector.release import Lineage, write_release
 
-    calibration, moments = calibrate(store, version, base)
+    status, spec = version.status, version.spec
+    calibration, visits = calibrate(store, version, base)
+    body = status.evaluation.chosen.removesuffix(HEAD) if status.evaluation else _unevaluated(version)
+    candidates = candidates_of(store, version, base, body, visits)
+    chosen = status.evaluation.chosen if status.evaluation else preferred(list(candidates))
+    head = _head_report(version, base, chosen, visits)
     calibrated = store.version(version.name) / "calibrated.safetensors"
-    write_restored(calibrated, base, store.merged(version.name), restore(moments))
+    write_restored(calibrated, base, store.merged(version.name, body), candidates[chosen])
     network = build(base)
     load_file(network, calibrated, base.layout)
-    status, spec = version.status, version.spec
+    merged = store.report(version.name, "merge") or {}
+    candidate, weights = version.bodies[body], sha256_file(store.merged(version.name, body))
     lineage = Lineage(
         version=version.name,
         created=utc_now().isoformat(timespec="seconds"),
         inputs=[entry.model_dump(mode="json", by_alias=True) for entry in spec.inputs],
         inputs_hash=spec.inputs_hash,
-        method=spec.method.name,
-        parameters=spec.method.parameters,
+        method=candidate.name,
+        parameters=candidate.parameters,
         calibration=calibration,
-        evaluation={},
-        weights_sha256=status.weights_sha256,
+        evaluation=_evaluation(store, version),
+        weights_sha256=weights,
         calibrated_sha256=sha256_file(calibrated),
+        head=head,
+        cohort=merged.get("cohort", {}),
     )
     folder = write_release(
         store.release(version.name), network=network, base=base, lineage=lineage, opset=spec.export.opset
     )
-    return {"calibration": calibration, "release_sha256": sha256_file(folder / "SHA256SUMS")}
+    return {
+        "calibration": calibration,
+        "head": head,
+        "weights_sha256": weights,
+        "release_sha256": sha256_file(folder / "SHA256SUMS"),
+    }
 
 
-def calibrate(store: Store, version: ModelVersion, base: BaseModel) -> tuple[dict[str, Any], dict[str, Moments]]:
-    """Which statistics a version gets, and from whom.
+def _input(store: Store, entry: VersionInput) -> MergeInput:
+    return MergeInput(store.blob(entry.hospital, entry.digest), entry.digest, entry.sample_count)
+
+
+def _cohort(version: ModelVersion, gram: NDArray[np.float64]) -> dict[str, Any]:
+    """Norms and cosines of the vectors, sorted by hospital."""
+    hospitals = [entry.hospital for entry in version.spec.inputs]
+    order = sorted(range(len(hospitals)), key=hospitals.__getitem__)
+    ordered = gram[np.ix_(order, order)]
+    norms = np.sqrt(np.diag(ordered))
+    cosines = ordered / np.maximum(norms[:, None] * norms[None, :], np.finfo(np.float64).tiny)
+    return {
+        "hospitals": [hospitals[index] for index in order],
+        "norms": [float(f"{norm:.6g}") for norm in norms],
+        "cosine": [[round(float(value), 4) for value in row] for row in cosines],
+    }
+
+
+def candidates_of(
+    store: Store, version: ModelVersion, base: BaseModel, body: str, visits: list[Visit]
+) -> dict[str, dict[str, FloatArray]]:
+    """The candidates of one merge: by name the tensors that take the places of merged ones.
+
+    Args:
+        visits: those that count, as `calibrate` gives them.
+    """
+    statistics = restored_statistics(moments_of(store, version, base, body, visits))
+    found = {body: statistics}
+    if (solved := _solved_head(version, base, body, visits)) is not None:
+        found[f"{body}{HEAD}"] = statistics | solved
+        if version.spec.head.mode is HeadMode.CLOSED_FORM:
+            del found[body]
+    return found
+
+
+def calibrate(store: Store, version: ModelVersion, base: BaseModel) -> tuple[dict[str, Any], list[Visit]]:
+    """Which BatchNorm statistics a version gets, and from whom.
 
     Returns:
-        What the release says of it (mode, hospitals, images, note), and the moments by layer.
+        What the release says of it (mode, hospitals, images, note), and the visits that count; none of them where the
+        statistics are other ones.
     """
     wanted = version.spec.calibration.mode
-    if not base.batchnorm_layers:
-        return {"mode": "none", "hospitals": [], "images": 0, "note": "this model has no BatchNorm"}, {}
-    if wanted is CalibrationMode.NONE:
-        return {"mode": "none", "hospitals": [], "images": 0, "note": "pretrained statistics, as the policy says"}, {}
     visits = [visit for visit in store.visits(version.name) if visit.hospital in version.hospitals]
     needed = version.status.quorum
-    if wanted is not CalibrationMode.UPLOADED and len(visits) >= needed:
-        return _described(wanted, visits), pool_layers([visit.moments for visit in visits])
+    enough = wanted in (CalibrationMode.VISIT, CalibrationMode.MEETING) and 0 < len(visits) >= needed
+    if not base.batchnorm_layers:
+        note = "this model has no BatchNorm"
+        return {"mode": "none", "hospitals": [], "images": 0, "note": note}, visits if enough else []
+    if wanted is CalibrationMode.NONE:
+        return {"mode": "none", "hospitals": [], "images": 0, "note": "pretrained statistics, as the policy says"}, []
+    if enough:
+        return _described(wanted, visits), visits
     note = "as the policy says"
     if wanted is not CalibrationMode.UPLOADED:
         note = f"last resort: {len(visits)} of {needed} hospitals took part in a {wanted.value} before the deadline"
+    images = sum(each.sample_count for each in version.spec.inputs)
+    return {"mode": "uploaded", "hospitals": list(version.hospitals), "images": images, "note": note}, []
+
+
+def moments_of(
+    store: Store, version: ModelVersion, base: BaseModel, body: str, visits: list[Visit]
+) -> dict[str, Moments]:
+    """The BatchNorm moments of one merge: of the visits that count, or those uploaded with the vectors."""
+    if not base.batchnorm_layers or version.spec.calibration.mode is CalibrationMode.NONE:
+        return {}
+    if visits:
+        return pool_layers([visit.of(body) for visit in visits])
     inputs = version.spec.inputs
-    moments = [uploaded(base, store.blob(each.hospital, each.digest), each.sample_count) for each in inputs]
-    images = sum(each.sample_count for each in inputs)
-    description = {"mode": "uploaded", "hospitals": list(version.hospitals), "images": images, "note": note}
-    return description, pool_layers(moments)
+    return pool_layers([uploaded(base, store.blob(each.hospital, each.digest), each.sample_count) for each in inputs])
+
+
+def _solved_head(
+    version: ModelVersion, base: BaseModel, body: str, visits: list[Visit]
+) -> dict[str, FloatArray] | None:
+    """The closed-form head's tensors, or None where there is none."""
+    given = [visit.features[body] for visit in visits if body in visit.features]
+    if version.spec.head.mode is HeadMode.MERGED or not base.head or not given:
+        return None
+    pooled = pool_features(given)
+    if missing_classes(pooled):
+        return None
+    weight, bias = solve_head(pooled, strength=version.spec.head.strength)
+    return {f"{base.head}.weight": weight, f"{base.head}.bias": bias}
+
+
+def _unevaluated(version: ModelVersion) -> str:
+    """The merge that is taken where nobody evaluates."""
+    return FALLBACK if version.spec.method.name == AUTO else next(iter(version.bodies))
+
+
+def _head_report(version: ModelVersion, base: BaseModel, chosen: str, visits: list[Visit]) -> dict[str, Any]:
+    given = [visit for visit in visits if visit.features]
+    if chosen.endswith(HEAD):
+        pooled = pool_features([visit.features[chosen.removesuffix(HEAD)] for visit in given])
+        hospitals = [visit.hospital for visit in given]
+        return {"kind": "closed-form", "hospitals": hospitals, "images": int(pooled.counts.sum()), "note": ""}
+    if version.spec.head.mode is HeadMode.MERGED:
+        note = "as the policy says"
+    elif version.status.evaluation:
+        note = "chosen among the candidates"
+    elif not base.head:
+        note = "this model's head is no linear layer"
+    elif not given:
+        note = "no visitor gave features"
+    else:
+        note = f"nobody has {version.spec.head.floor} images or more of some class"
+    return {"kind": "merged", "hospitals": [], "images": 0, "note": note}
+
+
+def _evaluation(store: Store, version: ModelVersion) -> dict[str, Any]:
+    """What the release says of the evaluation; empty where nobody evaluated."""
+    report = version.status.evaluation
+    if report is None:
+        return {}
+    content = report.model_dump(mode="json", by_alias=True)
+    if report.validated:
+        found = store.evaluations(version.name)
+        counts = total(found[hospital][report.chosen] for hospital in report.hospitals)
+        content |= {"confusion": counts.confusion.tolist(), "bins": counts.bins.tolist()}
+    return content
 
 
 def _described(mode: CalibrationMode, visits: list[Visit]) -> dict[str, Any]:

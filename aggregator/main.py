@@ -43,7 +43,8 @@ def run(settings: AggregatorSettings) -> None:
     logging.getLogger("aggregator").setLevel(logging.INFO)
     policies = load_policies(settings.policy)
     for policy in policies:
-        choose(policy.spec.method.name, policy.spec.method.parameters)
+        for candidate in policy.spec.method.bodies.values():
+            choose(candidate.name, candidate.parameters)
     store = Store(settings.store)
     with alone(store.root):
         remove_leftovers(store.root)

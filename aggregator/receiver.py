@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from aggregator.calibration import Calibrations, batchnorm_channels
+from aggregator.calibration import Calibrations, Offer, batchnorm_channels
 from aggregator.deny_list import DenyList
+from aggregator.evaluation import TASK, OpenEvaluation, OpenEvaluations
 from aggregator.gate import Behaviour, Call, Gate
 from aggregator.metrics import Metrics
 from aggregator.reconcile import newest_ready
@@ -26,13 +28,15 @@ from aggregator.registry import Registry
 from aggregator.resources import MergePolicy, ModelVersion, Phase, last_sequence
 from aggregator.server_keys import ServerKeys
 from aggregator.settings import Limits, ReceiverSettings
-from aggregator.store import Store, find_bases
+from aggregator.store import Store, Visit, find_bases
 from aggregator.uploads import Arrival, Uploads
 from datavector.errors import BaseModelError, NotFound, NotReady, ProtocolError, UsageError
 from datavector.files import sha256_file
 from datavector.merge.batchnorm import Moments
 from datavector.model import DIGEST, FILES, BaseModel
 from datavector.wire.chunks import CHUNK, MAX_MESSAGE, read_request
+from datavector.wire.counts import from_counts_message
+from datavector.wire.features import FeatureReader
 from datavector.wire.moments import from_message, to_message
 from datavector.wire.v1 import exchange_pb2
 from datavector.wire.v1.exchange_pb2 import (
@@ -43,6 +47,8 @@ from datavector.wire.v1.exchange_pb2 import (
     DescribeReleaseRequest,
     DescribeReply,
     DescribeRequest,
+    EvaluateReply,
+    EvaluateRequest,
     FetchRequest,
     FileInfo,
     ListTasksReply,
@@ -110,6 +116,7 @@ class Receiver:
             grace_seconds=limits.meeting_grace_seconds,
             poll_seconds=limits.poll_seconds,
         )
+        self._evaluations = OpenEvaluations(store, registry, wake)
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._watching: list[asyncio.Task[None]] = []
@@ -168,6 +175,7 @@ class Receiver:
             "BeginVisit": self._begin_visit,
             "CompleteVisit": self._complete_visit,
             "Meet": self._meet,
+            "Evaluate": self._evaluate,
             "DescribeRelease": self._describe_release,
         }
         return grpc.method_handlers_generic_handler(
@@ -229,10 +237,10 @@ class Receiver:
             case "base_digest":
                 base = await self._base(request.base_digest)
                 files = {name: base.path / name for name in FILES}
+            case "task_id" if request.task_id.endswith(f".{TASK}"):
+                files = self._evaluated_files(self._evaluations.find(hospital, request.task_id))
             case "task_id":
-                offer = self._calibrations.offer(hospital, request.task_id)
-                merged = self.store.merged(offer.calibration.version)
-                files = {merged.name: merged}
+                files = self._merged_files(self._calibrations.offer(hospital, request.task_id))
             case "release":
                 files = self._release_files(request.release)
             case _:
@@ -299,23 +307,45 @@ class Receiver:
     async def _list_tasks(self, _: ListTasksRequest, call: Call) -> ListTasksReply:
         tasks = []
         for offer in self._calibrations.offers(call.hospital):
-            merged = self.store.merged(offer.calibration.version)
-            try:
-                (weights,) = await _infos({merged.name: merged})
-            except FileNotFoundError:
-                continue  # the version was erased while its weights were read
+            calibration = offer.calibration
             kind = TaskKind.TASK_KIND_RECALIBRATE_MEETING if offer.is_meeting else TaskKind.TASK_KIND_RECALIBRATE_VISIT
-            tasks.append(
-                Task(
-                    id=offer.id,
-                    kind=kind,
-                    version=offer.calibration.version,
-                    base_digest=offer.calibration.base_digest,
-                    weights=weights,
-                    round=offer.round,
+            with suppress(FileNotFoundError):  # the version was erased while its weights were read
+                tasks.append(
+                    Task(
+                        id=offer.id,
+                        kind=kind,
+                        version=calibration.version,
+                        base_digest=calibration.base_digest,
+                        weights=await _infos(self._merged_files(offer)),
+                        round=offer.round,
+                        class_floor=calibration.class_floor,
+                    )
                 )
-            )
+        for evaluation in self._evaluations.offers(call.hospital):
+            with suppress(FileNotFoundError):
+                tasks.append(
+                    Task(
+                        id=evaluation.id,
+                        kind=TaskKind.TASK_KIND_EVALUATE,
+                        version=evaluation.version,
+                        base_digest=evaluation.base_digest,
+                        weights=await _infos(self._evaluated_files(evaluation)),
+                    )
+                )
         return ListTasksReply(tasks=tasks, poll_seconds=max(round(self.settings.limits.poll_seconds), 1))
+
+    def _merged_files(self, offer: Offer) -> dict[str, Path]:
+        calibration = offer.calibration
+        return _by_name(self.store.merged(calibration.version, body) for body in calibration.bodies)
+
+    def _evaluated_files(self, evaluation: OpenEvaluation) -> dict[str, Path]:
+        return _by_name(self.store.restored(evaluation.version, model) for model in evaluation.models)
+
+    async def _evaluate(self, request: EvaluateRequest, call: Call) -> EvaluateReply:
+        evaluation = self._evaluations.find(call.hospital, request.task_id)
+        base = await self._base(evaluation.base_digest)
+        counts = {message.name: from_counts_message(message, len(base.classes)) for message in request.models}
+        return EvaluateReply(waiting_for=self._evaluations.complete(call.hospital, evaluation, counts))
 
     async def _begin_visit(self, request: BeginVisitRequest, call: Call) -> None:
         for layer, moments in self._calibrations.pooled(call.hospital, request.task_id).items():
@@ -326,16 +356,21 @@ class Receiver:
         offer = self._calibrations.visit(call.hospital, opened.task_id)
         base = await self._base(offer.calibration.base_digest)
         moments: dict[str, Moments] = {}
-        channels = batchnorm_channels(base)
-        while (message := await call.read()) and message.WhichOneof("part") == "layer":
-            if message.layer.layer in moments:
+        channels = batchnorm_channels(base, offer.calibration.bodies)
+        features, count = FeatureReader(dict.fromkeys(offer.calibration.bodies), len(base.classes), base.features), 0
+        while (message := await call.read()) and message.WhichOneof("part") in ("layer", "features"):
+            count += 1
+            if message.WhichOneof("part") == "features":
+                features.feed(message.features)
+            elif message.layer.layer in moments:
                 raise ProtocolError(f"layer {message.layer.layer!r} came twice", remedy="visit again")
-            moments[message.layer.layer] = from_message(message.layer, channels)
+            else:
+                moments[message.layer.layer] = from_message(message.layer, channels)
         final = _part(message, "final")
-        if final.layers != len(moments):
-            raise ProtocolError(f"{len(moments)} layers came, {final.layers} were sent", remedy="visit again")
-        waiting_for = self._calibrations.complete(call.hospital, offer, base, final.images, moments)
-        return VisitReply(waiting_for=waiting_for)
+        if final.layers != count:
+            raise ProtocolError(f"{count} layers came, {final.layers} were sent", remedy="visit again")
+        visit = Visit(call.hospital, final.images, offer.round, moments, features.finish(final.images))
+        return VisitReply(waiting_for=self._calibrations.complete(call.hospital, offer, base, visit))
 
     async def _meet(self, _: object, call: Call) -> None:
         join = _part(await call.read(), "join")
@@ -411,6 +446,10 @@ def _part(message: Any, name: str) -> Any:
     if found != name:
         raise ProtocolError(f"{name!r} was due, but {found!r} came", remedy="use a matching version")
     return getattr(message, name)
+
+
+def _by_name(paths: Iterable[Path]) -> dict[str, Path]:
+    return {path.name: path for path in paths}
 
 
 async def _infos(files: dict[str, Path]) -> list[FileInfo]:

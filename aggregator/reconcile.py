@@ -17,7 +17,10 @@ from functools import cached_property
 from typing import Any, Literal
 
 from aggregator.resources import (
+    AUTO,
+    FALLBACK,
     JOB_FAILED,
+    QUARANTINED,
     BaseModelResource,
     Calibration,
     CalibrationMethod,
@@ -27,8 +30,15 @@ from aggregator.resources import (
     ConditionStatus,
     Consent,
     DataVector,
+    Evaluation,
+    EvaluationMethod,
+    EvaluationReport,
+    HeadMode,
+    HeadReport,
+    HospitalScore,
     MergePolicy,
     Metadata,
+    ModelScore,
     ModelVersion,
     Phase,
     PolicyStatus,
@@ -37,9 +47,10 @@ from aggregator.resources import (
     VersionSpec,
     with_condition,
 )
+from datavector.choice import FEWEST, HEAD, Choice, Evaluations, Score, choose_candidate
 from datavector.files import canonical_json
 
-Stage = Literal["merge", "release"]
+Stage = Literal["merge", "restore", "release"]
 
 _LONG_AGO = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -55,11 +66,13 @@ class Base:
 
     Attributes:
         vector_size: bytes of each of its vectors.
+        has_head: whether its head is a linear layer, which can be solved in closed form.
     """
 
     digest: str
     has_batchnorm: bool
     vector_size: int = 0
+    has_head: bool = False
 
 
 class Vectors(tuple[DataVector, ...]):
@@ -79,7 +92,8 @@ class Vectors(tuple[DataVector, ...]):
         """By base model what a version may be made of; see `eligible`."""
         found = defaultdict(list)
         for vector in self:
-            if vector.granted and vector.status.stored_at and vector.name in self.newest:
+            usable = vector.granted and vector.status.stored_at and not vector.quarantine
+            if usable and vector.name in self.newest:
                 found[vector.spec.base_model_ref].append(vector)
         return {base: tuple(sorted(vectors, key=_content)) for base, vectors in found.items()}
 
@@ -102,6 +116,7 @@ class World:
         base: the policy's base model, or None while the store lacks it.
         reports: what finished job stages reported, by version and stage.
         visits: rounds done, by version and hospital.
+        evaluations: what hospitals found, by version, of those that are being evaluated.
         running: versions with a running job.
         refused: why the policy cannot be carried out as it is written, as a sentence; empty where it can.
     """
@@ -112,6 +127,7 @@ class World:
     versions: tuple[ModelVersion, ...] = ()
     reports: Mapping[tuple[str, Stage], Mapping[str, Any]] = field(default_factory=dict)
     visits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    evaluations: Mapping[str, Evaluations] = field(default_factory=dict)
     running: frozenset[str] = frozenset()
     refused: str = ""
 
@@ -356,6 +372,7 @@ def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersi
     assert world.base  # noqa: S101  the caller has vectors of it
     spec = world.policy.spec
     calibration = CalibrationMethod(mode=spec.calibration.mode, visits=spec.calibration.visits)
+    method, evaluation = spec.method.resolved, _evaluation_method(world.policy)
     inputs = tuple(
         VersionInput(
             data_vector=vector.name,
@@ -368,7 +385,8 @@ def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersi
     content = {
         "base": world.base.digest,
         "inputs": [entry.model_dump(mode="json") for entry in inputs],
-        "settings": [part.model_dump(mode="json") for part in (spec.method, calibration, spec.export)],
+        "settings": [part.model_dump(mode="json") for part in (method, calibration, spec.head, spec.export)],
+        "evaluation": evaluation and evaluation.model_dump(mode="json"),
     }
     inputs_hash = hashlib.sha256(canonical_json(content)).hexdigest()
     return ModelVersion(
@@ -378,8 +396,10 @@ def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersi
             base_model_ref=world.base.digest,
             inputs=inputs,
             inputs_hash=inputs_hash,
-            method=spec.method,
+            method=method,
             calibration=calibration,
+            head=spec.head,
+            evaluation=evaluation,
             export=spec.export,
         ),
     )
@@ -404,9 +424,9 @@ def due(world: World, now: datetime) -> datetime | None:
     )
 
 
-def quorum(calibration: Calibration, version: ModelVersion) -> int:
-    """How many hospitals a calibration needs: never more than the version has."""
-    return min(calibration.quorum or len(version.hospitals), len(version.hospitals))
+def quorum(wanted: Calibration | Evaluation, version: ModelVersion) -> int:
+    """How many hospitals a calibration or an evaluation needs: never more than the version has."""
+    return min(wanted.quorum or len(version.hospitals), len(version.hospitals))
 
 
 def policy_status(world: World, now: datetime) -> PolicyStatus:
@@ -494,11 +514,11 @@ def explain(world: World, now: datetime) -> str:
         return f"base model {spec.base_model_ref!r} is not in the store; import it: datavector base import"
     if world.refused:
         return world.refused
-    vectors = eligible(world)
+    vectors, quarantined = eligible(world), _quarantined(world)
     if len(vectors) < spec.trigger.min_hospitals:
         missing = spec.trigger.min_hospitals - len(vectors)
         more = "one" if missing == 1 else missing
-        return f"{len(vectors)} of {spec.trigger.min_hospitals} hospitals; waiting for {more} more"
+        return f"{len(vectors)} of {spec.trigger.min_hospitals} hospitals; waiting for {more} more{quarantined}"
     wanted = world.wanted
     version = {version.name: version for version in world.versions}.get(wanted.name)
     if version is None or version.status.phase is Phase.SUPERSEDED:
@@ -508,13 +528,17 @@ def explain(world: World, now: datetime) -> str:
     match version.status.phase:
         case Phase.CALIBRATING:
             return f"{version.name}: {_missing_visits(version, world, now)}"
+        case Phase.EVALUATING:
+            return f"{version.name}: {_missing_evaluations(version, world, now)}"
         case Phase.READY:
-            return f"{version.name} is Ready"
+            return f"{version.name} is Ready{quarantined}"
+        case Phase.REJECTED:
+            return f"{version.name} is not Ready: {version.status.message}"
         case Phase.FAILED:
             return f"{version.name} failed: {version.status.message}"
         case phase:
             trouble = f"; the last try failed: {version.status.message}" if version.status.message else ""
-            return f"{version.name} is {phase.value}{trouble}"
+            return f"{version.name} is {phase.value}{trouble}{quarantined}"
 
 
 # --- Parts of the plan ----------------------------------------------------------------------------------------
@@ -538,7 +562,7 @@ def _next_version(world: World, now: datetime) -> list[Action]:
 
 def _give_way(wanted: ModelVersion, world: World, now: datetime) -> list[Action]:
     """Supersedes the unfinished others. One that is being released may finish, unless what is wanted is Ready."""
-    giving = {Phase.PENDING, Phase.CALIBRATING}
+    giving = {Phase.PENDING, Phase.CALIBRATING, Phase.RESTORING, Phase.EVALUATING, Phase.REJECTED}
     if wanted.status.phase is Phase.READY:
         giving.add(Phase.RELEASING)
     return [
@@ -574,6 +598,17 @@ def _progress_of(version: ModelVersion, world: World, now: datetime) -> list[Act
             return _after_merge(version, report, world, now)
         case Phase.CALIBRATING:
             return _await_hospitals(version, world, now)
+        case Phase.RESTORING:
+            if (report := world.reports.get((version.name, "restore"))) is None:
+                return _run(version, "restore", world, now)
+            candidates = tuple(report["candidates"])
+            return [
+                Save(version.with_phase(Phase.EVALUATING, now=now, candidates=candidates, evaluation_started_at=now))
+            ]
+        case Phase.EVALUATING:
+            return _await_evaluations(version, world, now)
+        case Phase.REJECTED if _evaluation(world.policy).allow_worse:
+            return [Save(version.with_phase(Phase.RELEASING, now=now))]
         case Phase.RELEASING:
             if (report := world.reports.get((version.name, "release"))) is None:
                 return _run(version, "release", world, now)
@@ -582,7 +617,10 @@ def _progress_of(version: ModelVersion, world: World, now: datetime) -> list[Act
 
 
 def _release_report(report: Mapping[str, Any]) -> dict[str, Any]:
-    return {**report, "calibration": CalibrationReport.model_validate(report["calibration"])}
+    parsed: dict[str, Any] = {"calibration": CalibrationReport.model_validate(report["calibration"])}
+    if "head" in report:
+        parsed["head"] = HeadReport.model_validate(report["head"])
+    return {**report, **parsed}
 
 
 def _run(version: ModelVersion, stage: Stage, world: World, now: datetime) -> list[Action]:
@@ -595,17 +633,98 @@ def _run(version: ModelVersion, stage: Stage, world: World, now: datetime) -> li
 
 
 def _after_merge(version: ModelVersion, report: Mapping[str, Any], world: World, now: datetime) -> list[Action]:
-    asks = version.spec.calibration.mode in (CalibrationMode.VISIT, CalibrationMode.MEETING)
-    if world.base and world.base.has_batchnorm and asks:
-        return [Save(version.with_phase(Phase.CALIBRATING, now=now, calibration_started_at=now, **report))]
-    return [Save(version.with_phase(Phase.RELEASING, now=now, **report))]
+    changes = {"weights_sha256": report["weights_sha256"]}
+    if quarantined := _out_of_line(report.get("outliers", {}), world, now):
+        names = ", ".join(vector.name for vector in quarantined)
+        message = f"{names} is out of line with the others and waits for a person"
+        return [*map(Save, quarantined), Save(version.with_phase(Phase.SUPERSEDED, now=now, message=message))]
+    if world.base and _wants_hospitals(version, world.base):
+        return [Save(version.with_phase(Phase.CALIBRATING, now=now, calibration_started_at=now, **changes))]
+    return [Save(version.with_phase(_after_calibration(version), now=now, **changes))]
+
+
+def _wants_hospitals(version: ModelVersion, base: Base) -> bool:
+    """Whether hospitals are asked for anything before the release."""
+    if version.spec.head.mode is HeadMode.CLOSED_FORM and version.asks_features and base.has_head:
+        return True
+    return base.has_batchnorm and version.spec.calibration.mode in (CalibrationMode.VISIT, CalibrationMode.MEETING)
+
+
+def _after_calibration(version: ModelVersion) -> Phase:
+    return Phase.RESTORING if version.spec.evaluation else Phase.RELEASING
+
+
+def _out_of_line(outliers: Mapping[str, str], world: World, now: datetime) -> list[DataVector]:
+    """The vectors that a merge found to be out of line, as Quarantined, but for those that a person has released."""
+    return [
+        _with_conditions(vector, {QUARANTINED: ("True", "OutOfLine", outliers[vector.name])}, now)
+        for vector in world.vectors
+        if vector.name in outliers and not vector.spec.released
+    ]
 
 
 def _await_hospitals(version: ModelVersion, world: World, now: datetime) -> list[Action]:
     needed = quorum(world.policy.spec.calibration, version)
     if len(_visitors(version, world)) < needed and now < (deadline := _deadline(version, world, now)):
         return [WakeAt(deadline)]
-    return [Save(version.with_phase(Phase.RELEASING, now=now, quorum=needed))]
+    return [Save(version.with_phase(_after_calibration(version), now=now, quorum=needed))]
+
+
+def _await_evaluations(version: ModelVersion, world: World, now: datetime) -> list[Action]:
+    """Waits for the hospitals' evaluations, then chooses; one hospital alone is not waited for."""
+    evaluation, found = _evaluation(world.policy), world.evaluations.get(version.name, {})
+    needed = quorum(evaluation, version)
+    deadline = _evaluation_deadline(version, world, now)
+    if len(found) < needed and len(version.hospitals) >= FEWEST and now < deadline:
+        return [WakeAt(deadline)]
+    candidates = version.status.candidates
+    fallback = FALLBACK if version.spec.method.name == AUTO else preferred(candidates)
+    enough = needed if len(found) >= needed else FEWEST  # the deadline has passed: those count that have come
+    choice = choose_candidate(found, candidates, version.singles, fallback=fallback, needed=enough)
+    evaluated = version.evaluated(_evaluation_report(choice), now=now)
+    if choice.worse_than and not evaluation.allow_worse:
+        message = (
+            f"{choice.chosen} is worse than the own model of {choice.worse_than}; to release it all the same, set "
+            "evaluation.allowWorse in the policy"
+        )
+        return [Save(evaluated.with_phase(Phase.REJECTED, now=now, message=message))]
+    return [Save(evaluated.with_phase(Phase.RELEASING, now=now))]
+
+
+def preferred(candidates: Sequence[str]) -> str:
+    """Of one merge's candidates the one that is taken without an evaluation: that with the closed-form head."""
+    return next((name for name in candidates if name.endswith(HEAD)), candidates[0])
+
+
+def _evaluation(policy: MergePolicy) -> Evaluation:
+    return policy.spec.evaluation or Evaluation()
+
+
+def _evaluation_method(policy: MergePolicy) -> EvaluationMethod | None:
+    if policy.spec.evaluation is None and policy.spec.method.name != AUTO:
+        return None
+    return EvaluationMethod(singles=_evaluation(policy).singles)
+
+
+def _evaluation_report(choice: Choice) -> EvaluationReport:
+    return EvaluationReport(
+        validated=choice.validated,
+        chosen=choice.chosen,
+        reason=choice.reason,
+        margin=choice.margin,
+        hospitals=choice.hospitals,
+        candidates=tuple(map(_model_score, choice.scores)),
+        singles=tuple(map(_model_score, choice.singles)),
+        worse_than=choice.worse_than,
+    )
+
+
+def _model_score(score: Score) -> ModelScore:
+    return ModelScore(
+        name=score.name,
+        hospitals={name: HospitalScore(**vars(result)) for name, result in score.hospitals.items()},
+        **vars(score.all),
+    )
 
 
 def _over_limit(world: World, now: datetime) -> list[Action]:
@@ -674,6 +793,35 @@ def _deadline(version: ModelVersion, world: World, now: datetime) -> datetime:
     return _credible(started, now) + timedelta(seconds=world.policy.spec.calibration.deadline_seconds)
 
 
+def _evaluation_deadline(version: ModelVersion, world: World, now: datetime) -> datetime:
+    started = version.status.evaluation_started_at
+    assert started  # noqa: S101  set on entering the phase
+    return _credible(started, now) + timedelta(seconds=_evaluation(world.policy).deadline_seconds)
+
+
+def _missing_evaluations(version: ModelVersion, world: World, now: datetime) -> str:
+    found = world.evaluations.get(version.name, {})
+    missing = ", ".join(name for name in version.hospitals if name not in found)
+    return (
+        f"{len(found)} of {quorum(_evaluation(world.policy), version)} hospitals evaluated its "
+        f"{len(version.status.candidates)} candidates; waiting for {missing} or until "
+        f"{_clock(_evaluation_deadline(version, world, now))}"
+    )
+
+
+def _quarantined(world: World) -> str:
+    """Which vectors wait for a person, as the end of a sentence; empty where none does."""
+    waiting = [vector for vector in world.vectors if vector.granted and vector.quarantine and _is_newest(vector, world)]
+    if not waiting:
+        return ""
+    told = "; ".join(f"{vector.name} is quarantined: {vector.quarantine}" for vector in waiting)
+    return f"; {told}; release it with spec.released: true, or withdraw it"
+
+
+def _is_newest(vector: DataVector, world: World) -> bool:
+    return world.base is not None and vector.name in Vectors.of(world.vectors).newest
+
+
 def _missing_visits(version: ModelVersion, world: World, now: datetime) -> str:
     visitors = _visitors(version, world)
     missing = ", ".join(name for name in version.hospitals if name not in visitors)
@@ -692,6 +840,11 @@ def _credible_at(times: list[datetime], index: int, now: datetime) -> datetime:
     """What would be at that index if each of the times, which are sorted, were `_credible` and then sorted again."""
     ahead = len(times) - bisect_right(times, now + SKEW)
     return _LONG_AGO if index < ahead else times[index - ahead]
+
+
+def _with_conditions(vector: DataVector, values: Mapping[str, _Values], now: datetime) -> DataVector:
+    conditions = _conditions(vector.status.conditions, values, vector, now)
+    return vector.model_copy(update={"status": vector.status.model_copy(update={"conditions": conditions})})
 
 
 def _erased(vector: DataVector, now: datetime) -> DataVector:

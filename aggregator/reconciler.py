@@ -53,7 +53,7 @@ from datavector.model import BaseModel
 
 log = logging.getLogger(__name__)
 
-STAGES: tuple[Stage, ...] = ("merge", "release")
+STAGES: tuple[Stage, ...] = ("merge", "restore", "release")
 SETTLE_ROUNDS = 100
 PAUSE = timedelta(seconds=10)  # after a full disk or the like
 _NONE = Vectors()
@@ -276,6 +276,11 @@ class Reconciler:
             versions=own,
             reports={key: report for key, report in reports.items() if report is not None},
             visits={name: self.store.rounds(name) for name in names},
+            evaluations={
+                version.name: self.store.evaluations(version.name)
+                for version in own
+                if version.status.phase is Phase.EVALUATING
+            },
             running=frozenset(running),
             refused=_refusal(policy),
         )
@@ -387,7 +392,8 @@ class Reconciler:
         times += [time for time in [self.jobs.next_look()] if time]
         if self._lacks_files():
             times.append(now + (self._poll or PAUSE))
-        if self._poll and any(version.status.phase is Phase.CALIBRATING for version in self.registry.versions()):
+        asking = (Phase.CALIBRATING, Phase.EVALUATING)
+        if self._poll and any(version.status.phase in asking for version in self.registry.versions()):
             times.append(now + self._poll)
         return min(times, default=None)
 
@@ -439,7 +445,12 @@ class Reconciler:
 
 
 def _base_of(base: BaseModel) -> Base:
-    return Base(base.digest, has_batchnorm=bool(base.batchnorm_layers), vector_size=base.vector_layout.size)
+    return Base(
+        base.digest,
+        has_batchnorm=bool(base.batchnorm_layers),
+        vector_size=base.vector_layout.size,
+        has_head=base.head is not None,
+    )
 
 
 def _same(before: Collection[DataVector], now: Collection[DataVector]) -> bool:
@@ -473,7 +484,8 @@ def _is_over(version: ModelVersion) -> bool:
 
 def _refusal(policy: MergePolicy) -> str:
     try:
-        choose(policy.spec.method.name, policy.spec.method.parameters)
+        for candidate in policy.spec.method.bodies.values():
+            choose(candidate.name, candidate.parameters)
     except ConfigError as error:
         return str(error)
     return ""

@@ -15,6 +15,9 @@ from pydantic import BaseModel as Schema
 from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from pydantic.alias_generators import to_camel
 
+from datavector.choice import SINGLE
+from datavector.merge import body_id
+
 GROUP, API_VERSION = "datavector.dev", "v1alpha1"
 
 # Names of objects as Kubernetes limits them; a hospital's or a policy's is part of longer ones, and of labels.
@@ -146,6 +149,9 @@ class BaseModelResource(Resource):
 # --- DataVector -----------------------------------------------------------------------------------------------
 
 
+QUARANTINED = "Quarantined"
+
+
 class Consent(StrEnum):
     GRANTED = "Granted"
     WITHDRAWN = "Withdrawn"
@@ -157,6 +163,9 @@ class VectorSpec(Part):
     sequence: int = Field(ge=1, description="Number of the hospital's vector; the highest counts.")
     artifact: Artifact = Field(description="The vector's file in the store.")
     sample_count: int = Field(ge=1, le=MOST_IMAGES, description="Training images.")
+    released: bool = Field(
+        default=False, description="true: a person has looked at it, and it is merged though it is out of line."
+    )
     consent: Consent = Field(
         default=Consent.GRANTED, description="Withdrawn takes the vector out of every model; there is no way back."
     )
@@ -169,7 +178,7 @@ class VectorStatus(Part):
     withdrawn_at: datetime | None = Field(default=None, description="When its consent was withdrawn.")
     erased_at: datetime | None = Field(default=None, description="When its file was erased from the store.")
     merged_in: tuple[str, ...] | None = Field(default=None, description="Ready versions that contain it.")
-    conditions: tuple[Condition, ...] = Field(default=(), description="Stored, Validated and Erased.")
+    conditions: tuple[Condition, ...] = Field(default=(), description="Stored, Validated, Quarantined and Erased.")
 
 
 class DataVector(Resource):
@@ -183,6 +192,14 @@ class DataVector(Resource):
     @property
     def granted(self) -> bool:
         return self.spec.consent is Consent.GRANTED
+
+    @property
+    def quarantine(self) -> str:
+        """Why it is not merged until a person releases it; empty where it may be."""
+        if self.spec.released:
+            return ""
+        found = (each for each in self.status.conditions if (each.type, each.status) == (QUARANTINED, "True"))
+        return next((each.message for each in found), "")
 
     @property
     def arrived_at(self) -> datetime:
@@ -201,9 +218,95 @@ def last_sequence(vectors: Iterable[DataVector], hospital: str, base_digest: str
 # --- MergePolicy ----------------------------------------------------------------------------------------------
 
 
+Parameters = dict[str, float]
+
+AUTO = "auto"  # a method's name: several are tried, and the hospitals' evaluation decides
+FALLBACK = "mean"  # what is taken where too few hospitals evaluate
+
+
+class Candidate(Part):
+    name: str = Field(description="Merge method.")
+    parameters: Parameters = Field(default={}, description="The method's numbers by name, such as scale.")
+
+    @property
+    def body(self) -> str:
+        return body_id(self.name, self.parameters)
+
+
+DEFAULT_CANDIDATES = (Candidate(name=FALLBACK), Candidate(name="sum"), Candidate(name="iso-c"))
+
+
 class Method(Part):
-    name: str = Field(default="sum", description="Merge method: sum or mean.")
-    parameters: dict[str, float] = Field(default={}, description="The method's numbers by name, such as scale.")
+    name: str = Field(
+        default="sum", description="Merge method, or auto to let the hospitals' evaluation choose among candidates."
+    )
+    parameters: Parameters = Field(default={}, description="The method's numbers by name, such as scale.")
+    candidates: tuple[Candidate, ...] = Field(
+        default=(),
+        max_length=16,
+        description="Of auto: what is tried, the preferred first; mean, sum and iso-c where absent. The mean is always "
+        "among them, for the case that too few hospitals evaluate.",
+    )
+
+    @property
+    def resolved(self) -> Method:
+        """The same with every candidate named."""
+        if self.name != AUTO:
+            return self
+        candidates = self.candidates or DEFAULT_CANDIDATES
+        if FALLBACK not in {each.body for each in candidates}:
+            candidates = (*candidates, Candidate(name=FALLBACK))
+        return self.model_copy(update={"candidates": candidates})
+
+    @property
+    def bodies(self) -> dict[str, Candidate]:
+        """What is merged, by a plain name, in the order of preference."""
+        if self.name != AUTO:
+            return {body_id(self.name, self.parameters): Candidate(name=self.name, parameters=self.parameters)}
+        return {each.body: each for each in self.resolved.candidates}
+
+
+class HeadMode(StrEnum):
+    """Where a merged model's classification head comes from; see docs/merging.md."""
+
+    AUTO = "auto"
+    MERGED = "merged"
+    CLOSED_FORM = "closed-form"
+
+
+class Head(Part):
+    mode: HeadMode = Field(
+        default=HeadMode.AUTO,
+        description="merged: as merged. closed-form: solved from sums of features that hospitals give in a visit. "
+        "auto: closed-form where hospitals visit for BatchNorm anyway.",
+    )
+    floor: int = Field(
+        default=5, ge=2, description="Images of a class below which a hospital leaves it out of its sums of features."
+    )
+    strength: float = Field(default=1.0, gt=0, le=1000, description="Shrinkage of the features' covariance.")
+
+
+class EvaluationMethod(Part):
+    """What of an evaluation shapes the result."""
+
+    singles: bool = Field(
+        default=True,
+        description="Hospitals also evaluate each other's own models, so that a merged one that is worse is noticed.",
+    )
+
+
+class Evaluation(EvaluationMethod):
+    """Which hospitals' evaluations a version needs, and what is done with a bad result."""
+
+    quorum: int | None = Field(
+        default=None, ge=2, description="Hospitals that must evaluate; all of the version's where absent."
+    )
+    deadline_seconds: Seconds = Field(
+        default=7 * 86400, description="After that those count that have evaluated, if they are two or more."
+    )
+    allow_worse: bool = Field(
+        default=False, description="A version may be Ready though the best single hospital's own model is better."
+    )
 
 
 class Trigger(Part):
@@ -304,6 +407,10 @@ class PolicySpec(Part):
     method: Method = Field(default=Method(), description="How vectors become one.")
     trigger: Trigger = Field(default=Trigger(), description="When arrivals become a version.")
     calibration: Calibration = Field(default=Calibration(), description="How BatchNorm statistics are restored.")
+    head: Head = Field(default=Head(), description="Where the classification head comes from.")
+    evaluation: Evaluation | None = Field(
+        default=None, description="How hospitals evaluate a version; where absent, only method auto is evaluated."
+    )
     export: Export = Field(default=Export(), description="How the release is written.")
     job: JobSettings = Field(default=JobSettings(), description="How Jobs run; of no meaning without Kubernetes.")
     history_limit: int = Field(default=5, ge=1, description="Ready versions that are kept.")
@@ -336,19 +443,22 @@ class MergePolicy(Resource):
 
 
 class Phase(StrEnum):
-    """Where a version stands. The order is the order of work; the last four are final."""
+    """Where a version stands. The order is the order of work; from Ready on they are final."""
 
     PENDING = "Pending"
     CALIBRATING = "Calibrating"
+    RESTORING = "Restoring"
+    EVALUATING = "Evaluating"
     RELEASING = "Releasing"
     READY = "Ready"
     SUPERSEDED = "Superseded"
+    REJECTED = "Rejected"
     FAILED = "Failed"
     REVOKED = "Revoked"
 
     @property
     def unfinished(self) -> bool:
-        return self in (Phase.PENDING, Phase.CALIBRATING, Phase.RELEASING)
+        return self in (Phase.PENDING, Phase.CALIBRATING, Phase.RESTORING, Phase.EVALUATING, Phase.RELEASING)
 
 
 class VersionInput(Part):
@@ -365,6 +475,10 @@ class VersionSpec(Part):
     inputs_hash: str = Field(description="SHA-256 of the inputs and of every setting that shapes the result.")
     method: Method = Field(description="How the vectors become one.")
     calibration: CalibrationMethod = Field(description="How BatchNorm statistics are restored.")
+    head: Head = Field(default=Head(mode=HeadMode.MERGED), description="Where the classification head comes from.")
+    evaluation: EvaluationMethod | None = Field(
+        default=None, description="What hospitals evaluate; nothing where absent."
+    )
     export: Export = Field(description="How the release is written.")
 
 
@@ -374,6 +488,39 @@ class CalibrationReport(Part):
     mode: CalibrationMode = Field(description="How they were restored.")
     hospitals: tuple[str, ...] = Field(description="Whose statistics they are.")
     images: int = Field(description="Images that they were measured on.")
+    note: str = Field(default="", description="Why in this way.")
+
+
+class HospitalScore(Part):
+    images: int = Field(description="Validation images.")
+    accuracy: float = Field(description="Share of them that was recognised.")
+    balanced_accuracy: float = Field(description="Mean over the classes of the share that was recognised.")
+
+
+class ModelScore(HospitalScore):
+    name: str = Field(description="Of a candidate, or `hospital.` and the name of the hospital whose own model it is.")
+    hospitals: dict[str, HospitalScore] = Field(description="On each hospital's validation images.")
+
+
+class EvaluationReport(Part):
+    """What the hospitals' evaluation showed."""
+
+    validated: bool = Field(description="Whether enough hospitals evaluated every candidate.")
+    chosen: str = Field(description="The candidate that the release is of.")
+    reason: str = Field(description="Why it, as a sentence.")
+    margin: float = Field(default=0, description="Margin of error of the highest balanced accuracy.")
+    hospitals: tuple[str, ...] = Field(default=(), description="Who evaluated.")
+    candidates: tuple[ModelScore, ...] = Field(default=(), description="What was tried.")
+    singles: tuple[ModelScore, ...] = Field(default=(), description="The hospitals' own models.")
+    worse_than: str = Field(default="", description="The hospital whose own model is better than what was chosen.")
+
+
+class HeadReport(Part):
+    """What the release says of its classification head."""
+
+    kind: Literal["merged", "closed-form"] = Field(description="Where it comes from.")
+    hospitals: tuple[str, ...] = Field(default=(), description="Whose features it was solved from.")
+    images: int = Field(default=0, description="Images that they were measured on.")
     note: str = Field(default="", description="Why in this way.")
 
 
@@ -390,10 +537,17 @@ class VersionStatus(Part):
     )
     weights_sha256: str = Field(default="", description="SHA-256 of the merged weights, before calibration.")
     calibration: CalibrationReport | None = Field(default=None, description="How BatchNorm statistics were restored.")
+    candidates: tuple[str, ...] = Field(default=(), description="What hospitals are asked to evaluate.")
+    evaluation_started_at: datetime | None = Field(
+        default=None, description="Since when hospitals are asked to evaluate."
+    )
+    evaluation: EvaluationReport | None = Field(default=None, description="What the hospitals' evaluation showed.")
+    head: HeadReport | None = Field(default=None, description="Where the classification head comes from.")
     release_sha256: str = Field(default="", description="SHA-256 of the release's SHA256SUMS file.")
     ready_at: datetime | None = Field(default=None, description="When it became Ready.")
     conditions: tuple[Condition, ...] = Field(
-        default=(), description="Merged, Calibrated, Exported, Ready and Revoked; Ready is what to wait for."
+        default=(),
+        description="Merged, Calibrated, Evaluated, Exported, Ready and Revoked; Ready is what to wait for.",
     )
 
 
@@ -410,6 +564,22 @@ class ModelVersion(Resource):
         return tuple(sorted(entry.hospital for entry in self.spec.inputs))
 
     @property
+    def bodies(self) -> dict[str, Candidate]:
+        """What is merged, by a plain name, in the order of preference."""
+        return self.spec.method.bodies
+
+    @property
+    def asks_features(self) -> bool:
+        """Whether visitors are asked for sums of features; a meeting brings none."""
+        return self.spec.head.mode is not HeadMode.MERGED and self.spec.calibration.mode is CalibrationMode.VISIT
+
+    @property
+    def singles(self) -> tuple[str, ...]:
+        """The hospitals' own models that are evaluated beside the candidates."""
+        shown = self.spec.evaluation is not None and self.spec.evaluation.singles
+        return tuple(f"{SINGLE}{hospital}" for hospital in self.hospitals) if shown else ()
+
+    @property
     def vectors(self) -> frozenset[str]:
         return frozenset(entry.data_vector for entry in self.spec.inputs)
 
@@ -417,6 +587,12 @@ class ModelVersion(Resource):
         """This version in another phase, with the conditions of that phase."""
         changes = {"phase": phase, "message": message, "attempts": 0, "retry_at": None, **changes}
         return self._with(_CONDITIONS[phase], phase.value, message, now, changes)
+
+    def evaluated(self, report: EvaluationReport, *, now: datetime) -> ModelVersion:
+        """This version with what its evaluation showed, as a condition, too."""
+        status: ConditionStatus = "True" if report.validated else "False"
+        reason = "Validated" if report.validated else "Unvalidated"
+        return self._with({"Evaluated": status}, reason, report.reason, now, {"evaluation": report})
 
     def with_message(self, reason: str, message: str, *, now: datetime, **changes: Any) -> ModelVersion:
         """This version in the phase it is in, with a reason why it goes no further."""
@@ -437,7 +613,10 @@ JOB_FAILED = "JobFailed"
 _CONDITIONS: dict[Phase, dict[str, ConditionStatus]] = {
     Phase.PENDING: {"Merged": "False", "Calibrated": "False", "Exported": "False", "Ready": "False"},
     Phase.CALIBRATING: {"Merged": "True", "Ready": "False"},
+    Phase.RESTORING: {"Merged": "True", "Calibrated": "True", "Ready": "False"},
+    Phase.EVALUATING: {"Merged": "True", "Calibrated": "True", "Evaluated": "False", "Ready": "False"},
     Phase.RELEASING: {"Merged": "True", "Calibrated": "True", "Ready": "False"},
+    Phase.REJECTED: {"Evaluated": "True", "Ready": "False"},
     Phase.READY: {"Exported": "True", "Ready": "True"},
     Phase.SUPERSEDED: {"Ready": "False"},
     Phase.FAILED: {"Ready": "False"},

@@ -3,7 +3,12 @@
     bases/<hex>/                  base model artifacts, content-addressed
     uploads/<hospital>/<hex>/     vectors that are not recorded yet: vector.json (what will be recorded) and part
     blobs/<hospital>/<hex>        committed vectors
-    versions/<version>/           merged.safetensors, visits/<hospital>.npz, report-<stage>.json of each finished stage
+    versions/<version>/           what jobs and hospitals left for a version:
+        merged/<body>.safetensors       each way to merge it
+        visits/<hospital>.npz           moments and sums of features, of every body
+        restored/<model>.safetensors    what hospitals evaluate
+        evaluations/<hospital>.json     what they found
+        report-<stage>.json             of each finished stage
     releases/<version>/           what clients get
     outbox/<vector>.json          in a cluster: objects that the API does not have yet
     orphans/<mark>                files that no object names, since the mark was made
@@ -18,8 +23,8 @@ import contextlib
 import json
 import re
 import shutil
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,26 +32,42 @@ from typing import Any
 import numpy as np
 
 from aggregator.resources import DataVector
+from datavector.choice import Counts
 from datavector.errors import BaseModelError, NotFound, StoreMissing
 from datavector.files import BLOCK, atomic_write, claim_folder, fsync, remove_leftovers, write_json
 from datavector.merge.batchnorm import Moments
+from datavector.merge.head import FeatureMoments
 from datavector.model import DESCRIPTION, DIGEST, FILES, BaseModel
 
 
 @dataclass(frozen=True)
 class Visit:
-    """What a hospital left for a version: images used, rounds done, moments by BatchNorm layer."""
+    """What a hospital left for a version.
+
+    Attributes:
+        images: how many were used.
+        rounds: done so far.
+        moments: by `<body>/<BatchNorm layer>`.
+        features: by body; empty where none were asked for.
+    """
 
     hospital: str
     images: int
     rounds: int
     moments: dict[str, Moments]
+    features: dict[str, FeatureMoments] = field(default_factory=dict)
+
+    def of(self, body: str) -> dict[str, Moments]:
+        """The moments of one body by BatchNorm layer."""
+        prefix = f"{body}/"
+        return {name.removeprefix(prefix): moments for name, moments in self.moments.items() if name.startswith(prefix)}
 
 
 FOLDERS = {"bases": 0o755, "uploads": 0o700, "blobs": 0o700, "versions": 0o700, "releases": 0o755}
 
 _PLAIN = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 PART, RECORD = "part", "vector.json"
+WEIGHTS = ".safetensors"
 
 
 class Store:
@@ -157,8 +178,13 @@ class Store:
         content: dict[str, Any] = json.loads((self.version(name) / "version.json").read_text())
         return content
 
-    def merged(self, version: str) -> Path:
-        return self.version(version) / "merged.safetensors"
+    def merged(self, version: str, body: str) -> Path:
+        """The weights of one way to merge a version, before calibration."""
+        return self._path("versions", version, "merged", f"{body}{WEIGHTS}")
+
+    def restored(self, version: str, model: str) -> Path:
+        """The weights of a candidate or of a hospital's own model, as hospitals evaluate them."""
+        return self._path("versions", version, "restored", f"{model}{WEIGHTS}")
 
     def release(self, version: str) -> Path:
         return self._path("releases", version)
@@ -201,6 +227,24 @@ class Store:
                 rounds[path.stem] = int(arrays["rounds"])
         return rounds
 
+    def save_evaluation(self, version: str, hospital: str, counts: Mapping[str, Counts]) -> None:
+        """Leaves what a hospital found, by model."""
+        content = {
+            name: {"confusion": each.confusion.tolist(), "bins": each.bins.tolist()} for name, each in counts.items()
+        }
+        write_json(self._path("versions", version, "evaluations", f"{hospital}.json"), content)
+
+    def evaluations(self, version: str) -> dict[str, dict[str, Counts]]:
+        """What hospitals found, by hospital and model."""
+        found = {}
+        for path in sorted((self.version(version) / "evaluations").glob("*.json")):
+            content = json.loads(path.read_text())
+            found[path.stem] = {
+                name: Counts(np.array(each["confusion"], dtype=np.int64), np.array(each["bins"], dtype=np.float64))
+                for name, each in content.items()
+            }
+        return found
+
     def erase_version(self, version: str) -> None:
         """Removes a version's weights, moments and release; what one release reveals about a vector goes with it.
 
@@ -228,7 +272,9 @@ class Store:
 
         The visits below are the receiver's, who may be writing one.
         """
-        remove_leftovers(self.version(version), recursive=False)
+        folder = self.version(version)
+        for jobs in (folder, folder / "merged", folder / "restored"):
+            remove_leftovers(jobs, recursive=False)
         shutil.rmtree(self._erased(version), ignore_errors=True)
 
     def erase_blob(self, hospital: str, sha256: str) -> None:
@@ -303,6 +349,8 @@ def _write_visit(path: Path, visit: Visit) -> None:
         for layer, moments in visit.moments.items()
         for kind in ("count", "mean", "variance")
     }
+    for body, features in visit.features.items():
+        arrays |= {f"{kind}~{body}": getattr(features, kind) for kind in ("counts", "sums", "second")}
     with atomic_write(path) as file:
         np.savez(file, images=visit.images, rounds=visit.rounds, **arrays)
 
@@ -314,4 +362,9 @@ def _visit(path: Path) -> Visit:
             layer: Moments(int(arrays[f"count:{layer}"]), arrays[f"mean:{layer}"], arrays[f"variance:{layer}"])
             for layer in layers
         }
-        return Visit(path.stem, int(arrays["images"]), int(arrays["rounds"]), moments)
+        bodies = [name.removeprefix("counts~") for name in arrays.files if name.startswith("counts~")]
+        features = {
+            body: FeatureMoments(*(arrays[f"{kind}~{body}"] for kind in ("counts", "sums", "second")))
+            for body in bodies
+        }
+        return Visit(path.stem, int(arrays["images"]), int(arrays["rounds"]), moments, features)

@@ -56,7 +56,6 @@ from datavector.networks import (
     build,
     create_base,
     export_tensors,
-    head_layer,
     head_tensors,
     load_file,
     load_weights,
@@ -227,7 +226,7 @@ class Study:
             self.training[name] = self._load([each for each in split if each.split == "train"])
             self.validation[name] = self._load([each for each in split if each.split == "val"])
         self.test = self._load(test[:: max(1, len(test) // setting.test)] if setting.test else test)
-        self.head = head_layer(self.base)
+        self.head = self.base.head
         self._reused = build(self.base).to(self.device)
         self.inputs: dict[str, MergeInput] = {}
 

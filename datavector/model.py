@@ -126,6 +126,25 @@ class BaseModel:
         suffix = ".running_mean"
         return tuple(tensor.name.removesuffix(suffix) for tensor in self.layout.tensors if tensor.name.endswith(suffix))
 
+    @cached_property
+    def head(self) -> str | None:
+        """Name of the linear layer that gives the classes; None where the shapes name none, or several."""
+        classes, shapes = len(self.classes), {tensor.name: tensor.shape for tensor in self.layout.tensors}
+        found = [
+            name.removesuffix(".weight")
+            for name, shape in shapes.items()
+            if name.endswith(".weight")
+            and len(shape) == 2
+            and shape[0] == classes
+            and shapes.get(name.removesuffix("weight") + "bias") == (classes,)
+        ]
+        return found[0] if len(found) == 1 else None
+
+    @property
+    def features(self) -> int:
+        """How many features the head takes; 0 where there is no linear one."""
+        return self.layout.by_name[f"{self.head}.weight"].shape[1] if self.head else 0
+
 
 def is_statistic(tensor: str) -> bool:
     """Whether a tensor of this name is a BatchNorm statistic, which is restored rather than merged."""

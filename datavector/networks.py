@@ -163,17 +163,6 @@ def head_tensors(base: BaseModel) -> frozenset[str]:
     return _head(base.architecture, base.input.size)
 
 
-def head_layer(base: BaseModel) -> str | None:
-    """Name of the linear layer that is the head; None where the architecture ends in something else."""
-    layers = {name.rpartition(".")[0] for name in head_tensors(base)}
-    if len(layers) != 1:
-        return None
-    (name,) = layers
-    with torch.device("meta"):
-        layer = _instantiate(base.architecture, len(base.classes), base.input.size).get_submodule(name)
-    return name if isinstance(layer, nn.Linear) and layer.bias is not None else None
-
-
 def _demand_known(architecture: str) -> None:
     known = architectures()
     if architecture not in known:

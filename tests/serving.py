@@ -133,8 +133,8 @@ class Serving:
         policy = policy_of(base, calibration=calibration | ({"quorum": quorum} if quorum else {}))
         others = [each for each in self.registry.policies() if each.name != base.name]
         self.registry.set_policies([*others, policy])
-        self.store.merged(name).parent.mkdir(parents=True, exist_ok=True)
-        self.store.merged(name).write_bytes(b"weights")
+        self.store.merged(name, "sum").parent.mkdir(parents=True, exist_ok=True)
+        self.store.merged(name, "sum").write_bytes(b"weights")
         inputs = [
             {"dataVector": each, "hospital": each, "digest": f"sha256:{'0' * 64}", "sampleCount": 1}
             for each in hospitals

@@ -1,4 +1,4 @@
-"""Merged weights with some tensors replaced: restored BatchNorm statistics, a closed-form head."""
+"""Weights made of others: merged ones with some tensors replaced (statistics, a head), a hospital's own model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from datavector.layout import FloatArray, TensorFile, write_tensors
 from datavector.model import BaseModel
+from datavector.vector import open_vector
 
 
 def write_restored(path: Path, base: BaseModel, merged: Path, replaced: Mapping[str, FloatArray]) -> None:
@@ -19,3 +20,15 @@ def write_restored(path: Path, base: BaseModel, merged: Path, replaced: Mapping[
     with TensorFile(merged, base.layout) as weights:
         names = (spec.name for spec in base.layout.tensors)
         write_tensors(path, base.layout, (replaced[name] if name in replaced else weights.read(name) for name in names))
+
+
+def write_tuned(path: Path, base: BaseModel, vector: Path) -> None:
+    """A hospital's own model: the pretrained weights and its vector, statistics included.
+
+    Raises:
+        WrongLayout: the file is no vector of this base.
+        DiskFull: no space is left.
+    """
+    with base.open() as pretrained, open_vector(vector, base) as difference:
+        names = (spec.name for spec in base.layout.tensors)
+        write_tensors(path, base.layout, (pretrained.read(name) + difference.read(name) for name in names))

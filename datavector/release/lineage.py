@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from datavector.files import canonical_json
@@ -27,6 +27,8 @@ class Lineage:
         evaluation: figures of an evaluation by the hospitals; empty where there was none.
         weights_sha256: of the merged weights, before calibration.
         calibrated_sha256: of the weights that were exported.
+        head: where the classification head comes from: kind, hospitals, images, note.
+        cohort: how the vectors lie to each other: hospitals, norms, cosine (a matrix).
     """
 
     version: str
@@ -39,6 +41,8 @@ class Lineage:
     evaluation: Mapping[str, Any]
     weights_sha256: str
     calibrated_sha256: str
+    head: Mapping[str, Any] = field(default_factory=dict)
+    cohort: Mapping[str, Any] = field(default_factory=dict)
 
 
 def describe(lineage: Lineage, base: BaseModel, *, opset: int, parity: Mapping[str, float]) -> dict[str, Any]:
@@ -62,6 +66,8 @@ def describe(lineage: Lineage, base: BaseModel, *, opset: int, parity: Mapping[s
         "inputsHash": lineage.inputs_hash,
         "method": {"name": lineage.method, "parameters": dict(lineage.parameters)},
         "calibration": dict(lineage.calibration),
+        "head": dict(lineage.head),
+        "cohort": dict(lineage.cohort),
         "evaluation": dict(lineage.evaluation),
         "weights_sha256": lineage.weights_sha256,
         "calibrated_sha256": lineage.calibrated_sha256,

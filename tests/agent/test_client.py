@@ -109,7 +109,7 @@ def test_a_visit_that_waits_for_the_link_is_not_left_after_a_withdrawal(receiver
     client.server_identity()
     link.set("refuse")
     with pytest.raises(AlreadyWithdrawn):
-        client.complete_visit(task, {"bn0": moments(2), "bn1": moments(3)}, images=1)
+        client.complete_visit(task, {"sum/bn0": moments(2), "sum/bn1": moments(3)}, images=1)
     assert receiver.store.visits("small-1") == []
 
 
@@ -121,10 +121,10 @@ def test_a_meeting_gets_no_layer_after_a_withdrawal(receiver, connect, small_bas
     def meet():
         (task,) = client.list_tasks().tasks
         with client.meet(task, images=1) as meeting:
-            meeting.pool("bn0", moments(2))
+            meeting.pool("sum/bn0", moments(2))
             left.append(meeting._sending.entry.bytes)
             client.ledger.decide("withdrawal", task.base_digest)
-            meeting.pool("bn1", moments(3))
+            meeting.pool("sum/bn1", moments(3))
 
     with pytest.raises(AlreadyWithdrawn):
         meet()

@@ -5,7 +5,7 @@ from torch import nn
 
 from agent.features import class_moments
 from agent.recalibrate import measure, own_alone
-from datavector.networks import build, create_base, head_layer
+from datavector.networks import build, create_base
 
 
 def test_a_class_with_few_images_leaves_no_trace():
@@ -22,7 +22,7 @@ def test_a_class_with_few_images_leaves_no_trace():
 @pytest.mark.parametrize("architecture", ["resnet18", "mobilenet_v3_small", "vit_b_16", "squeezenet1_0"])
 def test_the_head_is_the_last_linear_layer_where_there_is_one(tmp_path, architecture):
     made = create_base(tmp_path, architecture=architecture, classes=("a", "b", "c"), size=224)
-    layer = head_layer(made)
+    layer = made.head
     if architecture == "squeezenet1_0":
         assert layer is None
         return
@@ -31,7 +31,7 @@ def test_the_head_is_the_last_linear_layer_where_there_is_one(tmp_path, architec
 
 def test_the_features_of_a_pass_times_the_head_are_its_logits(base):
     images = torch.randint(0, 256, (12, 3, base.input.size, base.input.size), dtype=torch.uint8)
-    network, layer = build(base), head_layer(base)
+    network, layer = build(base), base.head
     found = measure(network, base, images, own_alone, head=layer)
     head = network.get_submodule(layer)
     torch.testing.assert_close(head(found.features), found.logits)

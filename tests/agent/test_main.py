@@ -30,7 +30,7 @@ def records(tmp_path):
 
 def test_tasks_need_the_training_images_only(base, records, tmp_path):
     settings, metrics = settings_of(tmp_path / "state", tmp_path / "data", max_corrupt=0.5), Metrics()
-    (training,) = _load_images(Site(settings, None, metrics), Ready(PolicyInfo(), base, records))
+    (training,) = _load_images(Site(settings, None, metrics), Ready(PolicyInfo(), base, records), ("train",))
     assert [record.path for record in training.records] == [record.path for record in records[1:4]]
     assert len(list((settings.state / IMAGES).glob("*.pixels"))) == 1
     assert metrics.registry.get_sample_value("datavector_agent_corrupt_images", {"split": "train"}) == 1
@@ -42,7 +42,7 @@ def test_decoded_images_of_earlier_data_are_removed(base, records, tmp_path):
     training, validation = _load_images(site, Ready(PolicyInfo(), base, sound), ("train", "val"))
     first = {path.name for path in (settings.state / IMAGES).iterdir()}
     assert (len(training), len(validation), len(first)) == (3, 2, 4)
-    _load_images(site, Ready(PolicyInfo(), base, sound))
+    _load_images(site, Ready(PolicyInfo(), base, sound), ("train",))
     assert {path.name for path in (settings.state / IMAGES).iterdir()} == first
     _load_images(site, Ready(PolicyInfo(), base, sound[1:]), ("train", "val"))
     second = {path.name for path in (settings.state / IMAGES).iterdir()}
@@ -66,7 +66,7 @@ def test_a_stop_ends_the_decoding(base, records, tmp_path):
     site = Site(settings_of(tmp_path / "state", tmp_path / "data", max_corrupt=0.5), None, Metrics())
     site.stop.set()
     with pytest.raises(Interrupted, match="while decoding"):
-        _load_images(site, Ready(PolicyInfo(), base, records))
+        _load_images(site, Ready(PolicyInfo(), base, records), ("train",))
     assert list((site.settings.state / IMAGES).iterdir()) == []
 
 
@@ -75,7 +75,7 @@ def test_what_lies_beside_decoded_images_is_not_removed(base, records, tmp_path)
     own = site.settings.state / IMAGES / "holiday.jpg"
     own.parent.mkdir(parents=True)
     own.touch()
-    _load_images(site, Ready(PolicyInfo(), base, records))
+    _load_images(site, Ready(PolicyInfo(), base, records), ("train",))
     assert own.is_file()
 
 

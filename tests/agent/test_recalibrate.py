@@ -7,11 +7,11 @@ import torch
 from agent import recalibrate as recalibration
 from agent.recalibrate import (
     choose_images,
+    chosen_in_memory,
     forward_with_moments,
     free_memory,
     full_precision,
     image_bytes,
-    images_in_memory,
     input_moments,
     own_alone,
     recalibrate,
@@ -140,20 +140,20 @@ def test_an_image_takes_four_times_the_largest_batchnorm_input(base):
 @pytest.mark.parametrize(("room", "used"), [(20, 20), (16, 16), (1000, 26)])
 def test_a_visit_takes_as_many_images_as_fit_into_half_of_what_is_free(base, train_set, room, used):
     free = 2 * room * image_bytes(build(base), base, CPU)
-    assert len(images_in_memory(build(base), base, train_set, max_images=1024, free=free)) == used
+    assert len(chosen_in_memory(build(base), base, train_set, max_images=1024, free=free)) == used
 
 
 @pytest.mark.parametrize("room", [0, 1, 15])
 def test_a_visit_with_room_for_a_few_images_only_is_put_off(base, train_set, room):
     free = 2 * room * image_bytes(build(base), base, CPU)
     with pytest.raises(TryAgain, match=f"memory has room for {room} images only; free some"):
-        images_in_memory(build(base), base, train_set, max_images=1024, free=free)
+        chosen_in_memory(build(base), base, train_set, max_images=1024, free=free)
 
 
 def test_a_visit_of_a_small_hospital_or_of_few_wanted_images_needs_room_for_these(base, sites, train_set):
     free = 2 * 5 * image_bytes(build(base), base, CPU)
-    assert len(images_in_memory(build(base), base, sites[0], max_images=1024, free=free)) == 5
-    assert len(images_in_memory(build(base), base, train_set, max_images=5, free=free)) == 5
+    assert len(chosen_in_memory(build(base), base, sites[0], max_images=1024, free=free)) == 5
+    assert len(chosen_in_memory(build(base), base, train_set, max_images=5, free=free)) == 5
 
 
 GIB = 1 << 30

@@ -6,7 +6,7 @@ from agent.statistics import write_fisher, write_regmean
 from datavector.data.images import ImageSet
 from datavector.layout import TensorFile
 from datavector.merge.regmean import fisher_layout, regmean_layout
-from datavector.networks import build, head_layer, preprocess
+from datavector.networks import build, preprocess
 
 
 def some_images(base, count=5):
@@ -19,7 +19,7 @@ def some_images(base, count=5):
 def test_fisher_information_is_the_mean_squared_gradient(base, tmp_path):
     images, network = some_images(base), build(base)
     write_fisher(tmp_path / "fisher", network, base, images)
-    head = f"{head_layer(base)}.weight"
+    head = f"{base.head}.weight"
     expected = 0
     for index in range(len(images)):
         network.zero_grad()

@@ -65,7 +65,7 @@ def wait_for_merge(store: Store, *, besides: frozenset[Path] = frozenset()) -> N
 
 
 def merging(store: Store) -> frozenset[Path]:
-    return frozenset(store.root.glob("versions/*/*merged.safetensors*"))
+    return frozenset(store.root.glob("versions/*/merged/*.safetensors*"))
 
 
 async def _serve(root: str) -> None:

@@ -72,7 +72,7 @@ async def test_arrivals_are_merged_and_their_hospitals_asked(store, registry, ar
         await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
         (version,) = running.in_phase(Phase.CALIBRATING)
         assert running.waiting["brain"].startswith(f"{version.name}: 0 of 2 hospitals came back to calibrate it")
-        assert version.status.weights_sha256 == sha256_file(store.merged(version.name))
+        assert version.status.weights_sha256 == sha256_file(store.merged(version.name, "sum"))
 
 
 async def test_a_later_arrival_makes_the_next_version_and_the_unfinished_one_leaves_no_file(
@@ -276,7 +276,7 @@ async def test_stopping_ends_the_jobs_and_starting_again_goes_on(store, registry
     async with reconciling(store, registry) as running:
         await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
     (version,) = registry.versions()
-    assert version.status.weights_sha256 == sha256_file(store.merged(version.name))
+    assert version.status.weights_sha256 == sha256_file(store.merged(version.name, "sum"))
 
 
 @pytest.mark.slow
@@ -313,7 +313,7 @@ async def test_from_arrivals_to_ready_and_after_a_withdrawal_to_what_never_had_t
         async with reconciling(other, never) as running:
             await running.until(lambda: bool(running.in_phase(Phase.CALIBRATING)))
         (undisturbed,) = never.versions()
-        assert sha256_file(other.merged(undisturbed.name)) == sha256_file(store.merged(second.name))
+        assert sha256_file(other.merged(undisturbed.name, "sum")) == sha256_file(store.merged(second.name, "sum"))
 
 
 # --- One object that cannot be written ------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from aggregator.job import calibrate
+from aggregator.job import calibrate, moments_of
 from aggregator.reconcile import EXIT_PASSING, Base, World, desired_version, eligible
 from aggregator.resources import ModelVersion, Phase, utc_now
 from aggregator.store import Store, Visit
@@ -62,7 +62,7 @@ def visit(base: BaseModel, hospital: str, images: int, *, rounds: int = 1) -> Vi
     random = np.random.default_rng(images)
     channels = {layer: base.layout.by_name[f"{layer}.running_mean"].elements for layer in base.batchnorm_layers}
     moments = {
-        layer: Moments(49 * images, random.normal(size=n), random.uniform(size=n)) for layer, n in channels.items()
+        f"sum/{layer}": Moments(49 * images, random.normal(size=n), random.uniform(size=n)) for layer, n in channels.items()
     }
     return Visit(hospital, images, rounds, moments)
 
@@ -74,9 +74,13 @@ def test_a_merge_adds_the_vectors_to_the_pretrained_weights_but_not_to_the_stati
     version = start()
     done = run(store, version, "merge")
     assert (done.returncode, done.stderr) == (0, "")
-    assert store.report(version.name, "merge") == {"weights_sha256": sha256_file(store.merged(version.name))}
+    report = store.report(version.name, "merge")
+    sha256 = sha256_file(store.merged(version.name, "sum"))
+    assert (report["weights_sha256"], report["weights"], report["outliers"]) == (sha256, {"sum": sha256}, {})
+    assert report["cohort"]["hospitals"] == ["east", "north", "south"]
+    assert np.diag(report["cohort"]["cosine"]).tolist() == [1, 1, 1]
     blobs = [store.blob(entry.hospital, entry.digest) for entry in version.spec.inputs]
-    with TensorFile(store.merged(version.name), small_base.layout) as merged, small_base.open() as pretrained:
+    with TensorFile(store.merged(version.name, "sum"), small_base.layout) as merged, small_base.open() as pretrained:
         for spec in small_base.layout.tensors:
             expected = pretrained.read(spec.name).astype("f8")
             for blob in blobs * (not is_statistic(spec.name)):
@@ -88,20 +92,20 @@ def test_a_merge_adds_the_vectors_to_the_pretrained_weights_but_not_to_the_stati
 def test_a_merge_that_is_run_again_gives_the_same_bytes_and_clears_what_a_killed_one_left(store, start):
     version = start()
     run(store, version, "merge")
-    first = store.merged(version.name).read_bytes()
+    first = store.merged(version.name, "sum").read_bytes()
     (store.version(version.name) / "report-merge.json").unlink()  # it was killed before it could report
-    (store.version(version.name) / ".merged.safetensors.halfhalf.tmp").write_bytes(b"half")
+    (store.version(version.name) / ".sum.safetensors.halfhalf.tmp").write_bytes(b"half")
     run(store, version, "merge")
-    assert store.merged(version.name).read_bytes() == first
+    assert store.merged(version.name, "sum").read_bytes() == first
     assert list(store.version(version.name).glob(".*")) == []
 
 
 def test_a_stage_that_has_reported_is_not_run_again(store, start):
     version = start()
     run(store, version, "merge")
-    store.merged(version.name).unlink()
+    store.merged(version.name, "sum").unlink()
     assert run(store, version, "merge").returncode == 0
-    assert not store.merged(version.name).exists()
+    assert not store.merged(version.name, "sum").exists()
 
 
 @pytest.mark.parametrize("damage", ["altered", "cut", "gone"])
@@ -120,13 +124,13 @@ def test_a_blob_that_is_not_what_was_recorded_fails_the_merge_with_a_sentence(st
         "restore the store's volume, or let the hospital send it again\n"
     )
     assert store.report(version.name, "merge") is None
-    assert not store.merged(version.name).exists()
+    assert not store.merged(version.name, "sum").exists()
 
 
 def test_an_unknown_method_is_named(store, start):
-    done = run(store, start(method="median"), "merge")
+    done = run(store, start(method="meen"), "merge")
     assert done.returncode == 2
-    assert "median" in done.stderr.splitlines()[-1]
+    assert "mean" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
 
 
@@ -155,11 +159,11 @@ def test_a_job_ends_with_its_parent(store, start):
 
 def test_a_failure_that_may_pass_has_an_exit_code_of_its_own(store, start):
     version = start()
-    store.merged(version.name).mkdir()  # in the way of the rename
+    store.merged(version.name, "sum").mkdir(parents=True)  # in the way of the rename
     done = run(store, version, "merge")
     assert done.returncode == EXIT_PASSING
     assert "Traceback" not in done.stderr
-    store.merged(version.name).rmdir()
+    store.merged(version.name, "sum").rmdir()
     assert run(store, version, "merge").returncode == 0
 
 
@@ -168,7 +172,8 @@ def test_a_failure_that_may_pass_has_an_exit_code_of_its_own(store, start):
 
 def test_uploaded_statistics_are_those_of_the_hospitals_own_models_weighted_by_their_images(store, start, small_base):
     version = start(mode="uploaded")
-    described, moments = calibrate(store, version, small_base)
+    described, visits = calibrate(store, version, small_base)
+    moments = moments_of(store, version, small_base, "sum", visits)
     assert described == {
         "mode": "uploaded", "hospitals": ["east", "north", "south"], "images": 600, "note": "as the policy says",
     }  # fmt: skip
@@ -191,9 +196,10 @@ def test_what_visitors_left_is_pooled_once_there_is_a_quorum(store, start, small
     version = start(mode=mode, quorum=2)
     for name, images in (("north", 30), ("east", 50), ("stranger", 999)):
         store.save_visit(version.name, visit(small_base, name, images))
-    described, moments = calibrate(store, version, small_base)
+    described, visits = calibrate(store, version, small_base)
+    moments = moments_of(store, version, small_base, "sum", visits)
     assert (described["mode"], described["hospitals"], described["images"]) == (mode, ["east", "north"], 80)
-    expected = pool([visit(small_base, "north", 30).moments["bn0"], visit(small_base, "east", 50).moments["bn0"]])
+    expected = pool([visit(small_base, name, images).of("sum")["bn0"] for name, images in (("north", 30), ("east", 50))])
     assert np.array_equal(moments["bn0"].variance, expected.variance)
 
 
@@ -216,19 +222,21 @@ def test_below_the_quorum_the_uploaded_statistics_are_the_last_resort_and_labell
 
 
 def test_no_calibration_keeps_the_pretrained_statistics(store, start, small_base):
-    described, moments = calibrate(store, start(mode="none"), small_base)
-    assert (described["mode"], moments) == ("none", {})
+    version = start(mode="none")
+    described, visits = calibrate(store, version, small_base)
+    assert (described["mode"], visits) == ("none", [])
+    assert moments_of(store, version, small_base, "sum", visits) == {}
 
 
 def test_restoring_replaces_the_statistics_and_nothing_else(store, start, small_base, tmp_path):
     version = start()
     run(store, version, "merge")
-    moments = visit(small_base, "north", 30).moments
+    moments = visit(small_base, "north", 30).of("sum")
     moments.pop("bn1")
-    write_restored(tmp_path / "restored", small_base, store.merged(version.name), restore(moments))
+    write_restored(tmp_path / "restored", small_base, store.merged(version.name, "sum"), restore(moments))
     with (
         TensorFile(tmp_path / "restored", small_base.layout) as restored,
-        TensorFile(store.merged(version.name), small_base.layout) as merged,
+        TensorFile(store.merged(version.name, "sum"), small_base.layout) as merged,
     ):
         for spec in small_base.layout.tensors:
             expected = merged.read(spec.name)

@@ -23,7 +23,7 @@ from datavector.wire.v1.exchange_pb2 import (
 )
 
 VERSION = "small-0123456789"
-LAYERS = {"bn0": 2, "bn1": 3}
+LAYERS = {"sum/bn0": 2, "sum/bn1": 3}
 
 
 def moments(seed, channels):
@@ -71,7 +71,7 @@ def test_a_visit_is_offered_to_the_hospitals_of_the_version_only(connect, receiv
     ask("visit", hospitals=("north", "south"), quorum=2)
     _, task = task_of("north")
     assert (task.kind, task.version, task.round) == (TaskKind.TASK_KIND_RECALIBRATE_VISIT, VERSION, 1)
-    assert task.weights.size == 7
+    assert [(file.name, file.size) for file in task.weights] == [("sum.safetensors", 7)]
     assert not connect(receiver.address, "west").list_tasks().tasks
 
 
@@ -116,7 +116,7 @@ def test_an_answer_that_got_lost_is_given_again_and_changes_nothing(receiver, as
     client.complete_visit(task, own(2), images=2)
     (visit,) = receiver.store.visits(VERSION)
     assert visit.images == 1
-    assert_same(visit.moments["bn0"], own(1)["bn0"])
+    assert_same(visit.moments["sum/bn0"], own(1)["sum/bn0"])
 
 
 def test_a_visit_that_is_no_longer_wanted_is_refused_and_not_stored(receiver, ask, task_of):
@@ -140,17 +140,17 @@ FINAL = VisitRequest(final=VisitFinal(images=1, layers=2))
 @pytest.mark.parametrize(
     "messages",
     [
-        [layer("bn0"), FINAL],
-        [layer("bn0"), layer("bn0"), FINAL],
-        [layer("bn0"), layer("bn1")],
-        [layer("bn0"), layer("bn1"), layer("bn2"), FINAL],
-        [layer("bn0"), layer("bn1"), VisitRequest(final=VisitFinal(images=0, layers=2))],
-        [layer("bn0", mean=[1.0] * 3), layer("bn1"), FINAL],
-        [layer("bn0", mean=[0.0, float("nan")]), layer("bn1"), FINAL],
-        [layer("bn0", variance=[1.0, -1.0]), layer("bn1"), FINAL],
-        [layer("bn0", count=0), layer("bn1"), FINAL],
-        [layer("bn0", count=1 << 63), layer("bn1"), FINAL],
-        [layer("bn0", mean=[1e300, 0.0]), layer("bn1"), FINAL],
+        [layer("sum/bn0"), FINAL],
+        [layer("sum/bn0"), layer("sum/bn0"), FINAL],
+        [layer("sum/bn0"), layer("sum/bn1")],
+        [layer("sum/bn0"), layer("sum/bn1"), layer("sum/bn2"), FINAL],
+        [layer("sum/bn0"), layer("sum/bn1"), VisitRequest(final=VisitFinal(images=0, layers=2))],
+        [layer("sum/bn0", mean=[1.0] * 3), layer("sum/bn1"), FINAL],
+        [layer("sum/bn0", mean=[0.0, float("nan")]), layer("sum/bn1"), FINAL],
+        [layer("sum/bn0", variance=[1.0, -1.0]), layer("sum/bn1"), FINAL],
+        [layer("sum/bn0", count=0), layer("sum/bn1"), FINAL],
+        [layer("sum/bn0", count=1 << 63), layer("sum/bn1"), FINAL],
+        [layer("sum/bn0", mean=[1e300, 0.0]), layer("sum/bn1"), FINAL],
         [],
     ],
     ids=[
@@ -245,11 +245,11 @@ def test_a_hospital_that_is_lost_drops_out_from_that_layer_on(receiver, ask, tas
     futures = together(
         ((*north, 10), {"images": 1}),
         ((*south, 20), {"images": 2}),
-        ((*west, 30), {"images": 4, "gone_at": "bn1"}),
+        ((*west, 30), {"images": 4, "gone_at": "sum/bn1"}),
     )
     pooled, meeting = futures[0].result()
-    assert_same(pooled["bn0"], pool([own(seed)["bn0"] for seed in (10, 20, 30)]))
-    assert_same(pooled["bn1"], pool([own(seed)["bn1"] for seed in (10, 20)]))
+    assert_same(pooled["sum/bn0"], pool([own(seed)["sum/bn0"] for seed in (10, 20, 30)]))
+    assert_same(pooled["sum/bn1"], pool([own(seed)["sum/bn1"] for seed in (10, 20)]))
     assert list(meeting.done.hospitals) == ["north", "south"]
     assert [visit.hospital for visit in receiver.store.visits(VERSION)] == ["north", "south"]
     assert futures[2].exception() is not None
@@ -258,7 +258,7 @@ def test_a_hospital_that_is_lost_drops_out_from_that_layer_on(receiver, ask, tas
 def test_below_the_quorum_everybody_may_start_again(receiver, ask, task_of, connect):
     ask("meeting", hospitals=("north", "south"), quorum=2)
     north, south = task_of("north"), task_of("south")
-    lost, left = together(((*south, 20), {"images": 1, "gone_at": "bn1"}), ((*north, 10), {"images": 1}))
+    lost, left = together(((*south, 20), {"images": 1, "gone_at": "sum/bn1"}), ((*north, 10), {"images": 1}))
     assert lost.exception() is not None
     assert isinstance(left.exception(), TryAgain)
     assert "1 of 2 hospitals are left" in str(left.exception())
@@ -276,7 +276,7 @@ def test_a_hospital_that_stalls_is_not_waited_for(start_receiver, small_base, co
     seats = []
     for seed, name in enumerate(hospitals, 1):
         client = connect(receiver.address, name)
-        stall = {"step": lambda layer: layer == "bn1" and others_done.wait()} if name == "west" else {}
+        stall = {"step": lambda layer: layer == "sum/bn1" and others_done.wait()} if name == "west" else {}
         seats.append(((client, client.list_tasks().tasks[0], seed), {"images": 1, **stall}))
     with ThreadPoolExecutor(3) as executor:
         north, south, west = (executor.submit(attend, *arguments, **options) for arguments, options in seats)
@@ -295,7 +295,7 @@ def test_when_several_stall_at_once_and_too_few_are_left_everybody_is_told(start
     seats = []
     for seed, name in enumerate(hospitals, 1):
         client = connect(receiver.address, name)
-        stall = {"step": lambda layer: layer == "bn1" and all_told.wait()} if name != "north" else {}
+        stall = {"step": lambda layer: layer == "sum/bn1" and all_told.wait()} if name != "north" else {}
         seats.append(((client, client.list_tasks().tasks[0], seed), {"images": 1, **stall}))
     with ThreadPoolExecutor(3) as executor:
         north, *stalling = (executor.submit(attend, *arguments, **options) for arguments, options in seats)
@@ -332,7 +332,7 @@ def test_who_is_at_another_layer_than_the_others_is_sent_away(receiver, ask, tas
 
     def astray():
         with west.meet(task, images=1) as meeting:
-            meeting.pool("bn1", own(30)["bn1"])
+            meeting.pool("sum/bn1", own(30)["sum/bn1"])
 
     with ThreadPoolExecutor(3) as executor:
         stray = executor.submit(astray)
@@ -365,7 +365,7 @@ def test_a_meeting_cannot_be_passed_as_a_visit(receiver, ask, task_of):
 def test_a_meeting_that_was_left_early_is_in_the_ledger_with_what_was_sent(ask, task_of, tmp_path):
     ask("meeting", hospitals=("north", "south"), quorum=2)
     lost, _ = together(
-        ((*task_of("south"), 20), {"images": 1, "gone_at": "bn1"}), ((*task_of("north"), 10), {"images": 1})
+        ((*task_of("south"), 20), {"images": 1, "gone_at": "sum/bn1"}), ((*task_of("north"), 10), {"images": 1})
     )
     assert lost.exception() is not None
     last = read_ledger(tmp_path / "south.jsonl")[-1]
@@ -374,7 +374,7 @@ def test_a_meeting_that_was_left_early_is_in_the_ledger_with_what_was_sent(ask, 
     assert last.sha256
 
 
-@pytest.mark.parametrize("first", [MeetRequest(layer=LayerMoments(layer="bn0")), MeetRequest(join=MeetJoin())])
+@pytest.mark.parametrize("first", [MeetRequest(layer=LayerMoments(layer="sum/bn0")), MeetRequest(join=MeetJoin())])
 def test_a_meeting_begins_with_joining_it(ask, task_of, first):
     ask("meeting")
     client, _ = task_of("north")

@@ -133,7 +133,7 @@ def merge(store: Store, base: BaseModel, vectors: list[DataVector], folder: Path
 
 
 def merged(store: Store, version: str) -> str:
-    return sha256_file(store.merged(version))
+    return sha256_file(store.merged(version, "sum"))
 
 
 def is_settled(vector: dict[str, Any]) -> bool:

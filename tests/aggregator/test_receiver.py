@@ -447,15 +447,15 @@ def test_merged_weights_are_only_for_the_hospitals_of_that_version(receiver, con
     receiver.calibrate(small_base, "small-1", "north")
     (task,) = connect(receiver.address).list_tasks().tasks
     north, south = connect(receiver.address), connect(receiver.address, "south")
-    assert north.fetch(task.weights, tmp_path / "north", task_id=task.id).read_bytes() == b"weights"
+    assert north.fetch(task.weights[0], tmp_path / "north", task_id=task.id).read_bytes() == b"weights"
     with pytest.raises(NotFound, match="does not wait for 'south'"):
-        south.fetch(task.weights, tmp_path / "south", task_id=task.id)
+        south.fetch(task.weights[0], tmp_path / "south", task_id=task.id)
 
 
 def test_a_task_whose_version_was_just_erased_is_left_out_of_the_list(receiver, connect, small_base):
     for name in ("small-1", "small-2"):
         receiver.calibrate(small_base, name, "north")
-    receiver.store.merged("small-1").unlink()
+    receiver.store.merged("small-1", "sum").unlink()
     assert [task.version for task in connect(receiver.address).list_tasks().tasks] == ["small-2"]
 
 

@@ -136,7 +136,7 @@ def test_an_object_is_the_same_after_json(each):
 
 def test_fields_are_in_camel_case_outside():
     assert set(vector("north").dump()["spec"]) == {
-        "hospital", "baseModelRef", "sequence", "artifact", "sampleCount", "consent",
+        "hospital", "baseModelRef", "sequence", "artifact", "sampleCount", "consent", "released",
     }  # fmt: skip
 
 

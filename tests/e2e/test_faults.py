@@ -115,7 +115,7 @@ def test_a_version_becomes_ready_though_the_operator_and_both_jobs_were_killed(s
     name = version["metadata"]["name"]
     for part in ("merge", "release"):
         site.space.until(lambda part=part: phases(site, part) == ["Failed", "Succeeded"], why=site.explain)
-    assert sha256_file(store.merged(name)) == merged_here(store, version, site.folder)
+    assert sha256_file(store.merged(name, "sum")) == merged_here(store, version, site.folder)
     assert len(site.space.items("modelversions")) == 1
 
 

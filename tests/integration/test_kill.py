@@ -178,7 +178,7 @@ def make_state(site: Site, name: str) -> Path:
 def kill_while_writing(aggregator: Aggregator, job: int) -> None:
     """kill -9 of a merge as soon as it has begun to write its result, and not a moment after it has ended."""
     versions = aggregator.store.root / "versions"
-    until(lambda: list(versions.glob("*/.merged.safetensors.*")), "a merge that writes", process=aggregator.process)
+    until(lambda: list(versions.glob("*/merged/.*.safetensors.*")), "a merge that writes", process=aggregator.process)
     os.kill(job, signal.SIGKILL)
     aggregator.process.wait_for("the merge process was killed by signal 9")
 

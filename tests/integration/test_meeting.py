@@ -35,7 +35,7 @@ def test_hospitals_that_meet_get_what_one_pass_over_all_their_images_gives(site:
 
     base = BaseModel.load(site.base)
     network = build(base)
-    load_file(network, aggregator.store.merged(version.name), base.layout)
+    load_file(network, aggregator.store.merged(version.name, "sum"), base.layout)
     for layer in batchnorm_modules(network).values():
         layer.train()
     inputs = preprocess(images, base.input)

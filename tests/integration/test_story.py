@@ -53,7 +53,7 @@ def test_three_hospitals_that_never_meet_make_a_model_and_one_takes_its_part_bac
     assert not aggregator.store.release(first.name).exists()
 
     # and the version without it is, bit for bit, that of an aggregator which never had it
-    ours = sha256_file(aggregator.store.merged(second.name))
+    ours = sha256_file(aggregator.store.merged(second.name, "sum"))
     assert ours == sha256_file(merged_without_south(site, aggregator, tmp_path))
 
     visitors = [site.agent(hospital, aggregator.address, "--tasks-only") for hospital in ("north", "west")]
@@ -155,4 +155,4 @@ def merged_without_south(site: Site, aggregator: Aggregator, folder: Path) -> Pa
         with Client(other.address, credentials, ledger=Ledger(folder / "other.jsonl"), patience_seconds=60) as client:
             upload(client, blob, announce(blob, base))
     version = other.wait_for("Calibrating", "north", "west")
-    return other.store.merged(version.name)
+    return other.store.merged(version.name, "sum")

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!datavector/wire/v1/exchange.proto\x12\rdatavector.v1\"6\n\x08\x46ileInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x11\n\x0f\x44\x65scribeRequest\"N\n\rDescribeReply\x12\x10\n\x08hospital\x18\x01 \x01(\t\x12+\n\x08policies\x18\x02 \x03(\x0b\x32\x19.datavector.v1.PolicyInfo\"\x9f\x01\n\nPolicyInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\t\x12+\n\nbase_files\x18\x03 \x03(\x0b\x32\x17.datavector.v1.FileInfo\x12\x13\n\x0bwaiting_for\x18\x04 \x01(\t\x12\x15\n\rready_version\x18\x05 \x01(\t\x12\x15\n\rlast_sequence\x18\x06 \x01(\x04\"s\n\x0c\x46\x65tchRequest\x12\x15\n\x0b\x62\x61se_digest\x18\x01 \x01(\tH\x00\x12\x11\n\x07task_id\x18\x02 \x01(\tH\x00\x12\x11\n\x07release\x18\x03 \x01(\tH\x00\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x42\x08\n\x06source\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"g\n\nVectorInfo\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x14\n\x0csample_count\x18\x05 \x01(\x04\"E\n\x10\x42\x65ginUploadReply\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x11\n\tcommitted\x18\x02 \x01(\x08\x12\x0e\n\x06vector\x18\x03 \x01(\t\"\x80\x01\n\rUploadRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.datavector.v1.UploadOpenH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12+\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x1a.datavector.v1.UploadFinalH\x00\x42\x06\n\x04part\"G\n\nUploadOpen\x12)\n\x06vector\x18\x01 \x01(\x0b\x32\x19.datavector.v1.VectorInfo\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"+\n\x0bUploadFinal\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"\x1d\n\x0bUploadReply\x12\x0e\n\x06vector\x18\x01 \x01(\t\"6\n\x0fWithdrawRequest\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\":\n\rWithdrawReply\x12\x0f\n\x07vectors\x18\x01 \x03(\t\x12\x18\n\x10revoked_versions\x18\x02 \x03(\t\"\x98\x01\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.datavector.v1.TaskKind\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12(\n\x07weights\x18\x05 \x01(\x0b\x32\x17.datavector.v1.FileInfo\x12\r\n\x05round\x18\x06 \x01(\r\"\x12\n\x10ListTasksRequest\"J\n\x0eListTasksReply\x12\"\n\x05tasks\x18\x01 \x03(\x0b\x32\x13.datavector.v1.Task\x12\x14\n\x0cpoll_seconds\x18\x02 \x01(\r\"L\n\x0cLayerMoments\x12\r\n\x05layer\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x0c\n\x04mean\x18\x03 \x03(\x01\x12\x10\n\x08variance\x18\x04 \x03(\x01\"$\n\x11\x42\x65ginVisitRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\"\xa0\x01\n\x0cVisitRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.datavector.v1.VisitOpenH\x00\x12,\n\x05layer\x18\x02 \x01(\x0b\x32\x1b.datavector.v1.LayerMomentsH\x00\x12*\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x19.datavector.v1.VisitFinalH\x00\x42\x06\n\x04partJ\x04\x08\x04\x10\n\"\x1c\n\tVisitOpen\x12\x0f\n\x07task_id\x18\x01 \x01(\t\",\n\nVisitFinal\x12\x0e\n\x06images\x18\x01 \x01(\x04\x12\x0e\n\x06layers\x18\x02 \x01(\r\"!\n\nVisitReply\x12\x13\n\x0bwaiting_for\x18\x01 \x01(\t\"l\n\x0bMeetRequest\x12\'\n\x04join\x18\x01 \x01(\x0b\x32\x17.datavector.v1.MeetJoinH\x00\x12,\n\x05layer\x18\x02 \x01(\x0b\x32\x1b.datavector.v1.LayerMomentsH\x00\x42\x06\n\x04part\"A\n\x08MeetJoin\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06images\x18\x02 \x01(\x04\x12\x14\n\x0cwait_seconds\x18\x03 \x01(\r\"\x96\x01\n\tMeetReply\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.datavector.v1.MeetStartH\x00\x12-\n\x06pooled\x18\x02 \x01(\x0b\x32\x1b.datavector.v1.LayerMomentsH\x00\x12\'\n\x04\x64one\x18\x03 \x01(\x0b\x32\x17.datavector.v1.MeetDoneH\x00\x42\x06\n\x04part\"\x1e\n\tMeetStart\x12\x11\n\thospitals\x18\x01 \x03(\t\"-\n\x08MeetDone\x12\x11\n\thospitals\x18\x01 \x03(\t\x12\x0e\n\x06images\x18\x02 \x01(\x04\"(\n\x16\x44\x65scribeReleaseRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\"O\n\x14\x44\x65scribeReleaseReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x17.datavector.v1.FileInfo*i\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x1f\n\x1bTASK_KIND_RECALIBRATE_VISIT\x10\x01\x12!\n\x1dTASK_KIND_RECALIBRATE_MEETING\x10\x02\x32\xf5\x05\n\x08\x45xchange\x12H\n\x08\x44\x65scribe\x12\x1e.datavector.v1.DescribeRequest\x1a\x1c.datavector.v1.DescribeReply\x12<\n\x05\x46\x65tch\x12\x1b.datavector.v1.FetchRequest\x1a\x14.datavector.v1.Chunk0\x01\x12I\n\x0b\x42\x65ginUpload\x12\x19.datavector.v1.VectorInfo\x1a\x1f.datavector.v1.BeginUploadReply\x12\x44\n\x06Upload\x12\x1c.datavector.v1.UploadRequest\x1a\x1a.datavector.v1.UploadReply(\x01\x12H\n\x08Withdraw\x12\x1e.datavector.v1.WithdrawRequest\x1a\x1c.datavector.v1.WithdrawReply\x12K\n\tListTasks\x12\x1f.datavector.v1.ListTasksRequest\x1a\x1d.datavector.v1.ListTasksReply\x12M\n\nBeginVisit\x12 .datavector.v1.BeginVisitRequest\x1a\x1b.datavector.v1.LayerMoments0\x01\x12I\n\rCompleteVisit\x12\x1b.datavector.v1.VisitRequest\x1a\x19.datavector.v1.VisitReply(\x01\x12@\n\x04Meet\x12\x1a.datavector.v1.MeetRequest\x1a\x18.datavector.v1.MeetReply(\x01\x30\x01\x12]\n\x0f\x44\x65scribeRelease\x12%.datavector.v1.DescribeReleaseRequest\x1a#.datavector.v1.DescribeReleaseReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!datavector/wire/v1/exchange.proto\x12\rdatavector.v1\"6\n\x08\x46ileInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\x04\x12\x0e\n\x06sha256\x18\x03 \x01(\t\"\x11\n\x0f\x44\x65scribeRequest\"N\n\rDescribeReply\x12\x10\n\x08hospital\x18\x01 \x01(\t\x12+\n\x08policies\x18\x02 \x03(\x0b\x32\x19.datavector.v1.PolicyInfo\"\x9f\x01\n\nPolicyInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x02 \x01(\t\x12+\n\nbase_files\x18\x03 \x03(\x0b\x32\x17.datavector.v1.FileInfo\x12\x13\n\x0bwaiting_for\x18\x04 \x01(\t\x12\x15\n\rready_version\x18\x05 \x01(\t\x12\x15\n\rlast_sequence\x18\x06 \x01(\x04\"s\n\x0c\x46\x65tchRequest\x12\x15\n\x0b\x62\x61se_digest\x18\x01 \x01(\tH\x00\x12\x11\n\x07task_id\x18\x02 \x01(\tH\x00\x12\x11\n\x07release\x18\x03 \x01(\tH\x00\x12\x0c\n\x04\x66ile\x18\x04 \x01(\t\x12\x0e\n\x06offset\x18\x05 \x01(\x04\x42\x08\n\x06source\"\x15\n\x05\x43hunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"g\n\nVectorInfo\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x14\n\x0csample_count\x18\x05 \x01(\x04\"E\n\x10\x42\x65ginUploadReply\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x11\n\tcommitted\x18\x02 \x01(\x08\x12\x0e\n\x06vector\x18\x03 \x01(\t\"\x80\x01\n\rUploadRequest\x12)\n\x04open\x18\x01 \x01(\x0b\x32\x19.datavector.v1.UploadOpenH\x00\x12\x0f\n\x05\x63hunk\x18\x02 \x01(\x0cH\x00\x12+\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x1a.datavector.v1.UploadFinalH\x00\x42\x06\n\x04part\"G\n\nUploadOpen\x12)\n\x06vector\x18\x01 \x01(\x0b\x32\x19.datavector.v1.VectorInfo\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"+\n\x0bUploadFinal\x12\x0c\n\x04size\x18\x01 \x01(\x04\x12\x0e\n\x06sha256\x18\x02 \x01(\t\"\x1d\n\x0bUploadReply\x12\x0e\n\x06vector\x18\x01 \x01(\t\"6\n\x0fWithdrawRequest\x12\x13\n\x0b\x62\x61se_digest\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\":\n\rWithdrawReply\x12\x0f\n\x07vectors\x18\x01 \x03(\t\x12\x18\n\x10revoked_versions\x18\x02 \x03(\t\"\xad\x01\n\x04Task\x12\n\n\x02id\x18\x01 \x01(\t\x12%\n\x04kind\x18\x02 \x01(\x0e\x32\x17.datavector.v1.TaskKind\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0b\x62\x61se_digest\x18\x04 \x01(\t\x12(\n\x07weights\x18\x05 \x03(\x0b\x32\x17.datavector.v1.FileInfo\x12\r\n\x05round\x18\x06 \x01(\r\x12\x13\n\x0b\x63lass_floor\x18\x07 \x01(\r\"\x12\n\x10ListTasksRequest\"J\n\x0eListTasksReply\x12\"\n\x05tasks\x18\x01 \x03(\x0b\x32\x13.datavector.v1.Task\x12\x14\n\x0cpoll_seconds\x18\x02 \x01(\r\"L\n\x0cLayerMoments\x12\r\n\x05layer\x18\x01 \x01(\t\x12\r\n\x05\x63ount\x18\x02 \x01(\x04\x12\x0c\n\x04mean\x18\x03 \x03(\x01\x12\x10\n\x08variance\x18\x04 \x03(\x01\"$\n\x11\x42\x65ginVisitRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\"\xca\x01\n\x0cVisitRequest\x12(\n\x04open\x18\x01 \x01(\x0b\x32\x18.datavector.v1.VisitOpenH\x00\x12,\n\x05layer\x18\x02 \x01(\x0b\x32\x1b.datavector.v1.LayerMomentsH\x00\x12*\n\x05\x66inal\x18\x03 \x01(\x0b\x32\x19.datavector.v1.VisitFinalH\x00\x12.\n\x08\x66\x65\x61tures\x18\x04 \x01(\x0b\x32\x1a.datavector.v1.FeatureRowsH\x00\x42\x06\n\x04part\"I\n\x0b\x46\x65\x61tureRows\x12\r\n\x05merge\x18\x01 \x01(\t\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\x0c\n\x04rows\x18\x03 \x01(\x0c\x12\x0e\n\x06\x63ounts\x18\x04 \x03(\x04\"\x1c\n\tVisitOpen\x12\x0f\n\x07task_id\x18\x01 \x01(\t\",\n\nVisitFinal\x12\x0e\n\x06images\x18\x01 \x01(\x04\x12\x0e\n\x06layers\x18\x02 \x01(\r\"!\n\nVisitReply\x12\x13\n\x0bwaiting_for\x18\x01 \x01(\t\"N\n\x0f\x45valuateRequest\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12*\n\x06models\x18\x02 \x03(\x0b\x32\x1a.datavector.v1.ModelCounts\"\x94\x01\n\x0bModelCounts\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06labels\x18\x02 \x03(\r\x12\x13\n\x0bpredictions\x18\x03 \x03(\r\x12\x0e\n\x06images\x18\x04 \x03(\x04\x12\x12\n\nbin_images\x18\x05 \x03(\x04\x12\x16\n\x0e\x62in_recognised\x18\x06 \x03(\x04\x12\x16\n\x0e\x62in_confidence\x18\x07 \x03(\x01\"$\n\rEvaluateReply\x12\x13\n\x0bwaiting_for\x18\x01 \x01(\t\"l\n\x0bMeetRequest\x12\'\n\x04join\x18\x01 \x01(\x0b\x32\x17.datavector.v1.MeetJoinH\x00\x12,\n\x05layer\x18\x02 \x01(\x0b\x32\x1b.datavector.v1.LayerMomentsH\x00\x42\x06\n\x04part\"A\n\x08MeetJoin\x12\x0f\n\x07task_id\x18\x01 \x01(\t\x12\x0e\n\x06images\x18\x02 \x01(\x04\x12\x14\n\x0cwait_seconds\x18\x03 \x01(\r\"\x96\x01\n\tMeetReply\x12)\n\x05start\x18\x01 \x01(\x0b\x32\x18.datavector.v1.MeetStartH\x00\x12-\n\x06pooled\x18\x02 \x01(\x0b\x32\x1b.datavector.v1.LayerMomentsH\x00\x12\'\n\x04\x64one\x18\x03 \x01(\x0b\x32\x17.datavector.v1.MeetDoneH\x00\x42\x06\n\x04part\"\x1e\n\tMeetStart\x12\x11\n\thospitals\x18\x01 \x03(\t\"-\n\x08MeetDone\x12\x11\n\thospitals\x18\x01 \x03(\t\x12\x0e\n\x06images\x18\x02 \x01(\x04\"(\n\x16\x44\x65scribeReleaseRequest\x12\x0e\n\x06policy\x18\x01 \x01(\t\"O\n\x14\x44\x65scribeReleaseReply\x12\x0f\n\x07version\x18\x01 \x01(\t\x12&\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x17.datavector.v1.FileInfo*\x81\x01\n\x08TaskKind\x12\x19\n\x15TASK_KIND_UNSPECIFIED\x10\x00\x12\x1f\n\x1bTASK_KIND_RECALIBRATE_VISIT\x10\x01\x12!\n\x1dTASK_KIND_RECALIBRATE_MEETING\x10\x02\x12\x16\n\x12TASK_KIND_EVALUATE\x10\x03\x32\xbf\x06\n\x08\x45xchange\x12H\n\x08\x44\x65scribe\x12\x1e.datavector.v1.DescribeRequest\x1a\x1c.datavector.v1.DescribeReply\x12<\n\x05\x46\x65tch\x12\x1b.datavector.v1.FetchRequest\x1a\x14.datavector.v1.Chunk0\x01\x12I\n\x0b\x42\x65ginUpload\x12\x19.datavector.v1.VectorInfo\x1a\x1f.datavector.v1.BeginUploadReply\x12\x44\n\x06Upload\x12\x1c.datavector.v1.UploadRequest\x1a\x1a.datavector.v1.UploadReply(\x01\x12H\n\x08Withdraw\x12\x1e.datavector.v1.WithdrawRequest\x1a\x1c.datavector.v1.WithdrawReply\x12K\n\tListTasks\x12\x1f.datavector.v1.ListTasksRequest\x1a\x1d.datavector.v1.ListTasksReply\x12M\n\nBeginVisit\x12 .datavector.v1.BeginVisitRequest\x1a\x1b.datavector.v1.LayerMoments0\x01\x12I\n\rCompleteVisit\x12\x1b.datavector.v1.VisitRequest\x1a\x19.datavector.v1.VisitReply(\x01\x12@\n\x04Meet\x12\x1a.datavector.v1.MeetRequest\x1a\x18.datavector.v1.MeetReply(\x01\x30\x01\x12H\n\x08\x45valuate\x12\x1e.datavector.v1.EvaluateRequest\x1a\x1c.datavector.v1.EvaluateReply\x12]\n\x0f\x44\x65scribeRelease\x12%.datavector.v1.DescribeReleaseRequest\x1a#.datavector.v1.DescribeReleaseReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'datavector.wire.v1.exchange_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TASKKIND']._serialized_start=2254
-  _globals['_TASKKIND']._serialized_end=2359
+  _globals['_TASKKIND']._serialized_start=2662
+  _globals['_TASKKIND']._serialized_end=2791
   _globals['_FILEINFO']._serialized_start=52
   _globals['_FILEINFO']._serialized_end=106
   _globals['_DESCRIBEREQUEST']._serialized_start=108
@@ -62,37 +62,45 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WITHDRAWREPLY']._serialized_start=1021
   _globals['_WITHDRAWREPLY']._serialized_end=1079
   _globals['_TASK']._serialized_start=1082
-  _globals['_TASK']._serialized_end=1234
-  _globals['_LISTTASKSREQUEST']._serialized_start=1236
-  _globals['_LISTTASKSREQUEST']._serialized_end=1254
-  _globals['_LISTTASKSREPLY']._serialized_start=1256
-  _globals['_LISTTASKSREPLY']._serialized_end=1330
-  _globals['_LAYERMOMENTS']._serialized_start=1332
-  _globals['_LAYERMOMENTS']._serialized_end=1408
-  _globals['_BEGINVISITREQUEST']._serialized_start=1410
-  _globals['_BEGINVISITREQUEST']._serialized_end=1446
-  _globals['_VISITREQUEST']._serialized_start=1449
-  _globals['_VISITREQUEST']._serialized_end=1609
-  _globals['_VISITOPEN']._serialized_start=1611
-  _globals['_VISITOPEN']._serialized_end=1639
-  _globals['_VISITFINAL']._serialized_start=1641
-  _globals['_VISITFINAL']._serialized_end=1685
-  _globals['_VISITREPLY']._serialized_start=1687
-  _globals['_VISITREPLY']._serialized_end=1720
-  _globals['_MEETREQUEST']._serialized_start=1722
-  _globals['_MEETREQUEST']._serialized_end=1830
-  _globals['_MEETJOIN']._serialized_start=1832
-  _globals['_MEETJOIN']._serialized_end=1897
-  _globals['_MEETREPLY']._serialized_start=1900
-  _globals['_MEETREPLY']._serialized_end=2050
-  _globals['_MEETSTART']._serialized_start=2052
-  _globals['_MEETSTART']._serialized_end=2082
-  _globals['_MEETDONE']._serialized_start=2084
-  _globals['_MEETDONE']._serialized_end=2129
-  _globals['_DESCRIBERELEASEREQUEST']._serialized_start=2131
-  _globals['_DESCRIBERELEASEREQUEST']._serialized_end=2171
-  _globals['_DESCRIBERELEASEREPLY']._serialized_start=2173
-  _globals['_DESCRIBERELEASEREPLY']._serialized_end=2252
-  _globals['_EXCHANGE']._serialized_start=2362
-  _globals['_EXCHANGE']._serialized_end=3119
+  _globals['_TASK']._serialized_end=1255
+  _globals['_LISTTASKSREQUEST']._serialized_start=1257
+  _globals['_LISTTASKSREQUEST']._serialized_end=1275
+  _globals['_LISTTASKSREPLY']._serialized_start=1277
+  _globals['_LISTTASKSREPLY']._serialized_end=1351
+  _globals['_LAYERMOMENTS']._serialized_start=1353
+  _globals['_LAYERMOMENTS']._serialized_end=1429
+  _globals['_BEGINVISITREQUEST']._serialized_start=1431
+  _globals['_BEGINVISITREQUEST']._serialized_end=1467
+  _globals['_VISITREQUEST']._serialized_start=1470
+  _globals['_VISITREQUEST']._serialized_end=1672
+  _globals['_FEATUREROWS']._serialized_start=1674
+  _globals['_FEATUREROWS']._serialized_end=1747
+  _globals['_VISITOPEN']._serialized_start=1749
+  _globals['_VISITOPEN']._serialized_end=1777
+  _globals['_VISITFINAL']._serialized_start=1779
+  _globals['_VISITFINAL']._serialized_end=1823
+  _globals['_VISITREPLY']._serialized_start=1825
+  _globals['_VISITREPLY']._serialized_end=1858
+  _globals['_EVALUATEREQUEST']._serialized_start=1860
+  _globals['_EVALUATEREQUEST']._serialized_end=1938
+  _globals['_MODELCOUNTS']._serialized_start=1941
+  _globals['_MODELCOUNTS']._serialized_end=2089
+  _globals['_EVALUATEREPLY']._serialized_start=2091
+  _globals['_EVALUATEREPLY']._serialized_end=2127
+  _globals['_MEETREQUEST']._serialized_start=2129
+  _globals['_MEETREQUEST']._serialized_end=2237
+  _globals['_MEETJOIN']._serialized_start=2239
+  _globals['_MEETJOIN']._serialized_end=2304
+  _globals['_MEETREPLY']._serialized_start=2307
+  _globals['_MEETREPLY']._serialized_end=2457
+  _globals['_MEETSTART']._serialized_start=2459
+  _globals['_MEETSTART']._serialized_end=2489
+  _globals['_MEETDONE']._serialized_start=2491
+  _globals['_MEETDONE']._serialized_end=2536
+  _globals['_DESCRIBERELEASEREQUEST']._serialized_start=2538
+  _globals['_DESCRIBERELEASEREQUEST']._serialized_end=2578
+  _globals['_DESCRIBERELEASEREPLY']._serialized_start=2580
+  _globals['_DESCRIBERELEASEREPLY']._serialized_end=2659
+  _globals['_EXCHANGE']._serialized_start=2794
+  _globals['_EXCHANGE']._serialized_end=3625
 # @@protoc_insertion_point(module_scope)

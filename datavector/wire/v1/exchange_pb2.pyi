@@ -12,9 +12,11 @@ class TaskKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_KIND_UNSPECIFIED: _ClassVar[TaskKind]
     TASK_KIND_RECALIBRATE_VISIT: _ClassVar[TaskKind]
     TASK_KIND_RECALIBRATE_MEETING: _ClassVar[TaskKind]
+    TASK_KIND_EVALUATE: _ClassVar[TaskKind]
 TASK_KIND_UNSPECIFIED: TaskKind
 TASK_KIND_RECALIBRATE_VISIT: TaskKind
 TASK_KIND_RECALIBRATE_MEETING: TaskKind
+TASK_KIND_EVALUATE: TaskKind
 
 class FileInfo(_message.Message):
     __slots__ = ("name", "size", "sha256")
@@ -147,20 +149,22 @@ class WithdrawReply(_message.Message):
     def __init__(self, vectors: _Optional[_Iterable[str]] = ..., revoked_versions: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "kind", "version", "base_digest", "weights", "round")
+    __slots__ = ("id", "kind", "version", "base_digest", "weights", "round", "class_floor")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     BASE_DIGEST_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
+    CLASS_FLOOR_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: TaskKind
     version: str
     base_digest: str
-    weights: FileInfo
+    weights: _containers.RepeatedCompositeFieldContainer[FileInfo]
     round: int
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., version: _Optional[str] = ..., base_digest: _Optional[str] = ..., weights: _Optional[_Union[FileInfo, _Mapping]] = ..., round: _Optional[int] = ...) -> None: ...
+    class_floor: int
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., version: _Optional[str] = ..., base_digest: _Optional[str] = ..., weights: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., round: _Optional[int] = ..., class_floor: _Optional[int] = ...) -> None: ...
 
 class ListTasksRequest(_message.Message):
     __slots__ = ()
@@ -193,14 +197,28 @@ class BeginVisitRequest(_message.Message):
     def __init__(self, task_id: _Optional[str] = ...) -> None: ...
 
 class VisitRequest(_message.Message):
-    __slots__ = ("open", "layer", "final")
+    __slots__ = ("open", "layer", "final", "features")
     OPEN_FIELD_NUMBER: _ClassVar[int]
     LAYER_FIELD_NUMBER: _ClassVar[int]
     FINAL_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
     open: VisitOpen
     layer: LayerMoments
     final: VisitFinal
-    def __init__(self, open: _Optional[_Union[VisitOpen, _Mapping]] = ..., layer: _Optional[_Union[LayerMoments, _Mapping]] = ..., final: _Optional[_Union[VisitFinal, _Mapping]] = ...) -> None: ...
+    features: FeatureRows
+    def __init__(self, open: _Optional[_Union[VisitOpen, _Mapping]] = ..., layer: _Optional[_Union[LayerMoments, _Mapping]] = ..., final: _Optional[_Union[VisitFinal, _Mapping]] = ..., features: _Optional[_Union[FeatureRows, _Mapping]] = ...) -> None: ...
+
+class FeatureRows(_message.Message):
+    __slots__ = ("merge", "first", "rows", "counts")
+    MERGE_FIELD_NUMBER: _ClassVar[int]
+    FIRST_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    merge: str
+    first: int
+    rows: bytes
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, merge: _Optional[str] = ..., first: _Optional[int] = ..., rows: _Optional[bytes] = ..., counts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class VisitOpen(_message.Message):
     __slots__ = ("task_id",)
@@ -217,6 +235,38 @@ class VisitFinal(_message.Message):
     def __init__(self, images: _Optional[int] = ..., layers: _Optional[int] = ...) -> None: ...
 
 class VisitReply(_message.Message):
+    __slots__ = ("waiting_for",)
+    WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
+    waiting_for: str
+    def __init__(self, waiting_for: _Optional[str] = ...) -> None: ...
+
+class EvaluateRequest(_message.Message):
+    __slots__ = ("task_id", "models")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    models: _containers.RepeatedCompositeFieldContainer[ModelCounts]
+    def __init__(self, task_id: _Optional[str] = ..., models: _Optional[_Iterable[_Union[ModelCounts, _Mapping]]] = ...) -> None: ...
+
+class ModelCounts(_message.Message):
+    __slots__ = ("name", "labels", "predictions", "images", "bin_images", "bin_recognised", "bin_confidence")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
+    IMAGES_FIELD_NUMBER: _ClassVar[int]
+    BIN_IMAGES_FIELD_NUMBER: _ClassVar[int]
+    BIN_RECOGNISED_FIELD_NUMBER: _ClassVar[int]
+    BIN_CONFIDENCE_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    labels: _containers.RepeatedScalarFieldContainer[int]
+    predictions: _containers.RepeatedScalarFieldContainer[int]
+    images: _containers.RepeatedScalarFieldContainer[int]
+    bin_images: _containers.RepeatedScalarFieldContainer[int]
+    bin_recognised: _containers.RepeatedScalarFieldContainer[int]
+    bin_confidence: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, name: _Optional[str] = ..., labels: _Optional[_Iterable[int]] = ..., predictions: _Optional[_Iterable[int]] = ..., images: _Optional[_Iterable[int]] = ..., bin_images: _Optional[_Iterable[int]] = ..., bin_recognised: _Optional[_Iterable[int]] = ..., bin_confidence: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class EvaluateReply(_message.Message):
     __slots__ = ("waiting_for",)
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     waiting_for: str

@@ -79,6 +79,11 @@ class ExchangeStub(object):
                 request_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetRequest.SerializeToString,
                 response_deserializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetReply.FromString,
                 _registered_method=True)
+        self.Evaluate = channel.unary_unary(
+                '/datavector.v1.Exchange/Evaluate',
+                request_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.EvaluateRequest.SerializeToString,
+                response_deserializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.EvaluateReply.FromString,
+                _registered_method=True)
         self.DescribeRelease = channel.unary_unary(
                 '/datavector.v1.Exchange/DescribeRelease',
                 request_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.DescribeReleaseRequest.SerializeToString,
@@ -139,7 +144,8 @@ class ExchangeServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CompleteVisit(self, request_iterator, context):
-        """Visit calibration, step 2: open, layer*, final. The caller's own moments, stored as a whole or not at all.
+        """Visit calibration, step 2: open, (layer | features)*, final. The caller's own moments, stored as a whole or not at
+        all.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,6 +153,13 @@ class ExchangeServicer(object):
 
     def Meet(self, request_iterator, context):
         """Meeting calibration: join, then one LayerMoments up and one pooled LayerMoments down for every layer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evaluate(self, request, context):
+        """What the caller found for each model of an evaluation task: counts, of all models or none.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -206,6 +219,11 @@ def add_ExchangeServicer_to_server(servicer, server):
                     servicer.Meet,
                     request_deserializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetRequest.FromString,
                     response_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetReply.SerializeToString,
+            ),
+            'Evaluate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evaluate,
+                    request_deserializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.EvaluateRequest.FromString,
+                    response_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.EvaluateReply.SerializeToString,
             ),
             'DescribeRelease': grpc.unary_unary_rpc_method_handler(
                     servicer.DescribeRelease,
@@ -456,6 +474,33 @@ class Exchange(object):
             '/datavector.v1.Exchange/Meet',
             datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetRequest.SerializeToString,
             datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evaluate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/datavector.v1.Exchange/Evaluate',
+            datavector_dot_wire_dot_v1_dot_exchange__pb2.EvaluateRequest.SerializeToString,
+            datavector_dot_wire_dot_v1_dot_exchange__pb2.EvaluateReply.FromString,
             options,
             channel_credentials,
             insecure,
