@@ -390,7 +390,7 @@ class Reconciler:
         times += [now + PAUSE for _ in faults]
         times += [self._collect_at] if self._collect_at > now else []
         times += [time for time in [self.jobs.next_look()] if time]
-        if self._lacks_files():
+        if self._lacks_files() or any(vector.granted and vector.quarantine for vector in self._vectors):
             times.append(now + (self._poll or PAUSE))
         asking = (Phase.CALIBRATING, Phase.EVALUATING)
         if self._poll and any(version.status.phase in asking for version in self.registry.versions()):

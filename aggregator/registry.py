@@ -43,8 +43,8 @@ class Registry(Protocol):
     def save(self, *changed: Resource) -> None:
         """Replaces objects, all or none.
 
-        A state that was planned before a withdrawal never undoes it: one that would bring a Revoked version or a
-        withdrawn vector back is left out.
+        A state that was planned before a person's decision never undoes it: one that would bring a Revoked version or
+        a withdrawn vector back, or a released one into quarantine, is left out.
 
         Raises:
             DiskFull: no space is left; nothing has changed.
@@ -166,7 +166,8 @@ class SqliteRegistry:
         if isinstance(known, ModelVersion) and isinstance(resource, ModelVersion):
             return known.status.phase is Phase.REVOKED is not resource.status.phase
         if isinstance(known, DataVector) and isinstance(resource, DataVector):
-            return resource.granted and not known.granted
+            taken_back = resource.granted and not known.granted
+            return taken_back or (known.spec.released and not resource.spec.released)
         return False
 
     # --- Inside a transaction, or with the lock held

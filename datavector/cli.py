@@ -317,6 +317,40 @@ def _agent_settings(config: Path | None, flags: dict[str, Any]) -> Any:
     return load_settings(AgentSettings, config, flags, prefix=PREFIX)
 
 
+# --- Merging files ---------------------------------------------------------------------------------------------
+
+
+@app.command("merge")
+def merge_models(
+    models: Annotated[list[Path] | None, typer.Argument(help="Fine-tuned checkpoints, or data vectors.")] = None,
+    base: Annotated[Path | None, typer.Option(help="What they were fine-tuned from: a file or a base model.")] = None,
+    method: Annotated[str, typer.Option(help="How to merge; --methods lists them.")] = "sum",
+    param: Annotated[list[str] | None, typer.Option(help="name=number, a parameter of the method.")] = None,
+    samples: Annotated[list[int] | None, typer.Option(min=1, help="Training images of each model, in order.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write.")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Only show how the vectors lie to each other.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="With --compare: image file to draw that into.")] = None,
+    list_methods: Annotated[bool, typer.Option("--methods", help="List the methods and their parameters.")] = False,
+) -> None:
+    """Merge models that were fine-tuned from one base, without any hospital."""
+    from datavector.merging import merge_command, show_methods
+
+    if list_methods:
+        show_methods()
+        return
+    if base is None or not models:
+        raise UsageError("--base and at least one model are needed", remedy="see: datavector merge --help")
+    if compare:
+        from datavector.checkpoints import compare_files
+        from datavector.similarity import show_similarity
+
+        show_similarity([path.name for path in models], compare_files(base, models), picture)
+        return
+    if output is None:
+        raise UsageError("there is no file to write", remedy="give -o FILE, or --compare")
+    merge_command(base, models, method, param or [], output, samples or [])
+
+
 # --- Aggregation site -----------------------------------------------------------------------------------------
 
 Listen = Annotated[str | None, typer.Option(help="address:port; port 0 takes a free one.")]
@@ -327,6 +361,17 @@ CertificateAuthority = Annotated[
 ]
 TrustDomain = Annotated[str | None, typer.Option(help="First part of every identity.")]
 MetricsPort = Annotated[int | None, typer.Option(help="Port of Prometheus metrics; 0 for none.")]
+
+
+@app.command("release-quarantine")
+def release_quarantine(
+    vector: Annotated[str, typer.Argument(help="Name of the vector, as `datavector status` shows it.")],
+    store: Annotated[Path, typer.Option(help="Folder of the embedded aggregator.")],
+) -> None:
+    """Let a vector be merged that is out of line with the others; without a cluster."""
+    from aggregator.quarantine import release_quarantine as release
+
+    typer.echo(release(store, vector))
 
 
 @app.command()

@@ -4,8 +4,8 @@ A hospital gives, per class, count and sum of its penultimate features, and thei
 the sums over hospitals the head follows exactly, also where hospitals hold different classes; a hospital's part can be
 taken out again by leaving its sums out. numpy only.
 
-The head is that of linear discriminant analysis (Fisher, doi 10.1111/j.1469-1809.1936.tb02137.x): classes are Gaussian
-around their means with one covariance, and equally likely, however many images each has.
+The head is a ridge regression on the classes (Hoerl and Kennard, doi 10.1080/00401706.1970.10488634) in which each
+class weighs the same, however many images it has: classes are taken to share one covariance around their means.
 """
 
 from __future__ import annotations
@@ -73,7 +73,9 @@ def missing_classes(moments: FeatureMoments) -> list[int]:
     return [int(index) for index in np.flatnonzero(moments.counts == 0)]
 
 
-def solve_head(moments: FeatureMoments, *, strength: float = 1.0, kind: Kind = "lda") -> tuple[FloatArray, FloatArray]:
+def solve_head(
+    moments: FeatureMoments, *, strength: float = 1.0, kind: Kind = "ridge"
+) -> tuple[FloatArray, FloatArray]:
     """The head that the moments determine.
 
     Args:
@@ -99,11 +101,15 @@ def solve_head(moments: FeatureMoments, *, strength: float = 1.0, kind: Kind = "
     rounding = np.finfo(np.float64).eps * np.trace(moments.second) / moments.counts.sum()
     within[np.diag_indices(features)] += strength * (max(np.trace(within), rounding) or 1.0) / features
     weight = np.linalg.solve(within, offsets.T).T
-    if kind == "ridge":
-        weight /= classes
-        bias = 1 / classes - weight @ centre
+    bias = -weight @ centre
+    if kind == "lda":
+        bias -= 0.5 * np.sum(weight * offsets, axis=1)
     else:
-        bias = -0.5 * np.sum(weight * offsets, axis=1) - weight @ centre
+        # A regression's answers are within [0, 1]: made as sure as a discriminant of the projected classes is.
+        gaps = np.sum(weight * offsets)
+        spreads = np.sum((weight @ within) * weight)
+        scale = gaps / spreads if spreads > 0 else 1.0
+        weight, bias = scale * weight, scale * bias
     return weight.astype(FLOAT), bias.astype(FLOAT)
 
 

@@ -62,7 +62,8 @@ def visit(base: BaseModel, hospital: str, images: int, *, rounds: int = 1) -> Vi
     random = np.random.default_rng(images)
     channels = {layer: base.layout.by_name[f"{layer}.running_mean"].elements for layer in base.batchnorm_layers}
     moments = {
-        f"sum/{layer}": Moments(49 * images, random.normal(size=n), random.uniform(size=n)) for layer, n in channels.items()
+        f"sum/{layer}": Moments(49 * images, random.normal(size=n), random.uniform(size=n))
+        for layer, n in channels.items()
     }
     return Visit(hospital, images, rounds, moments)
 
@@ -199,7 +200,9 @@ def test_what_visitors_left_is_pooled_once_there_is_a_quorum(store, start, small
     described, visits = calibrate(store, version, small_base)
     moments = moments_of(store, version, small_base, "sum", visits)
     assert (described["mode"], described["hospitals"], described["images"]) == (mode, ["east", "north"], 80)
-    expected = pool([visit(small_base, name, images).of("sum")["bn0"] for name, images in (("north", 30), ("east", 50))])
+    expected = pool(
+        [visit(small_base, name, images).of("sum")["bn0"] for name, images in (("north", 30), ("east", 50))]
+    )
     assert np.array_equal(moments["bn0"].variance, expected.variance)
 
 

@@ -37,11 +37,28 @@ def plain_lda(features, labels, strength):
 def test_the_head_is_the_discriminant_of_everybodys_images_together(strength):
     parts = [hospital(1, classes=(0, 1)), hospital(2, classes=(1, 2)), hospital(3, images=9)]
     features, labels = np.concatenate([each[0] for each in parts]), np.concatenate([each[1] for each in parts])
-    weight, bias = solve_head(pool_features([moments_of(*each) for each in parts]), strength=strength)
+    weight, bias = solve_head(pool_features([moments_of(*each) for each in parts]), strength=strength, kind="lda")
     found, expected = features @ weight.T + bias, plain_lda(features, labels, strength)
     centred = [each - each.mean(axis=1, keepdims=True) for each in (found, expected)]
     np.testing.assert_allclose(*centred, rtol=1e-4, atol=1e-4)
     assert (found.argmax(1) == labels).mean() > 0.9
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0])
+def test_the_default_head_is_a_ridge_regression_in_which_each_class_weighs_the_same(strength):
+    """With as many images of each class, that is plain ridge regression on one-hot targets."""
+    random = np.random.default_rng(4)
+    labels = np.repeat([0, 1, 2], 30)
+    features = np.random.default_rng(0).normal(0, 2, (CLASSES, FEATURES))[labels] + random.normal(size=(90, FEATURES))
+    centred, targets = features - features.mean(axis=0), np.eye(CLASSES)[labels] - 1 / CLASSES
+    covariance = centred.T @ centred / len(labels)
+    penalty = strength * np.trace(covariance) / FEATURES
+    expected = np.linalg.solve(covariance + penalty * np.eye(FEATURES), centred.T @ targets / len(labels)).T
+    weight, bias = solve_head(moments_of(features, labels), strength=strength)
+    found = features @ weight.T + bias
+    scale = np.linalg.norm(weight) / np.linalg.norm(expected)
+    np.testing.assert_allclose(found, scale * centred @ expected.T, rtol=1e-3, atol=1e-3)
+    assert 1 < scale < 1000
 
 
 def test_how_many_images_a_class_has_does_not_favour_it():
