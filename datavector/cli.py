@@ -479,7 +479,7 @@ def demo(
     images: Annotated[int, typer.Option(min=8, help="Most training images per hospital.")] = 120,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of each hospital; the agent's default.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of everything.")] = 0,
-    method: Annotated[str, typer.Option(help="Merge method of the policy.")] = "sum",
+    method: Annotated[str, typer.Option(help="Merge method of the policy; auto tries several.")] = "auto",
     with_controls: Annotated[
         bool, typer.Option("--with-controls", help="Also pooled, random, no restoration.")
     ] = False,

@@ -33,6 +33,7 @@ class Report:
     """
 
     method: str
+    head: str
     classes: int
     test_images: int
     hospitals: dict[str, tuple[int, Score]] = field(default_factory=dict)
@@ -83,7 +84,9 @@ class Report:
     def rows(self) -> list[tuple[str, str, Score]]:
         """Group, label and score of every line of table and picture."""
         rows = [("single", f"{name} alone", score) for name, (_, score) in self.hospitals.items()]
-        rows.append(("merged", f"merged ({self.method}, {self.calibration.get('mode', 'none')})", self.merged))
+        how = f"{self.method}, {self.calibration.get('mode', 'none')}"
+        head = ", closed-form head" if self.head == "closed-form" else ""
+        rows.append(("merged", f"merged ({how}{head})", self.merged))
         rows += [("control", _CONTROLS[name], score) for name, score in self.controls.items()]
         rows += [("calibration", f"merged, BatchNorm by {name}", self.calibrations[name]) for name in self._others()]
         return rows
@@ -100,7 +103,7 @@ class Report:
             ],
             "mean_single": self.mean_single,
             "best_single": self.best_single.accuracy,
-            "merged": {"method": self.method, **vars(self.merged), "calibration": self.calibration},
+            "merged": {"method": self.method, "head": self.head, **vars(self.merged), "calibration": self.calibration},
             "gap_recovered": self.gap_recovered,
             "controls": {name: score.accuracy for name, score in self.controls.items()},
             "calibrations": {name: vars(score) for name, score in self.calibrations.items()},

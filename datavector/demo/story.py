@@ -1,14 +1,14 @@
 """The embedded end-to-end demo: from images to one merged ONNX model, with real processes on this machine alone.
 
 It makes an authority and certificates, starts an aggregator on loopback, runs the hospitals as separate agents, each
-gone before the next starts, lets each come back once for its BatchNorm visit, and checks and tries the release.
+gone before the next starts, lets each come back for its visit and to evaluate, and checks and tries the release.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from agent.settings import Data
 from agent.train import TrainSettings
 from aggregator.main import REGISTRY
 from aggregator.registry import SqliteRegistry
+from aggregator.resources import AUTO
 from datavector.console import progress, say
 from datavector.data.images import ImageSet, load_images
 from datavector.data.manifest import write_manifest
@@ -63,7 +64,8 @@ def run_demo(options: DemoOptions) -> None:
         DataVectorError: a site failed; its log is named.
     """
     output = options.output
-    choose(options.method, {})
+    if options.method != AUTO:
+        choose(options.method, {})
     if output.exists() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty", remedy="remove it, or give another folder with --output")
     clock = _Clock()
@@ -93,19 +95,33 @@ def run_demo(options: DemoOptions) -> None:
             for hospital in source.hospitals:
                 say(f"{hospital}: comes back for one forward pass")
                 sites.agent(hospital, "--tasks-only")
+        if options.method == AUTO:
+            with clock.stage("evaluation"):
+                _wait_for(store, "Evaluating", hospitals=set(source.hospitals))
+                for hospital in source.hospitals:
+                    say(f"{hospital}: comes back to evaluate the candidates, and each hospital's own model")
+                    sites.agent(hospital, "--tasks-only")
         with clock.stage("release"):
             version = _wait_for(store, "Ready", hospitals=set(source.hospitals))
             say(f"{version}: Ready")
             _fetch_and_verify(sites, next(iter(source.hospitals)), output / "release")
 
+    release = json.loads((output / "release" / "release.json").read_text())
+    method = release["method"]
     outcome = report.Report(
-        method=options.method, classes=len(source.classes), test_images=len(source.test), release=output / "release"
+        method=method["name"],
+        head=release["head"]["kind"],
+        classes=len(source.classes),
+        test_images=len(source.test),
+        release=output / "release",
     )
-    outcome.calibration = json.loads((output / "release" / "release.json").read_text())["calibration"]
+    outcome.calibration = release["calibration"]
+    if reason := release["evaluation"].get("reason"):
+        say(f"chosen: {reason}")
     with clock.stage("test"):
         outcome.merged = _test_release(output / "release", source.classes, source.test)
         _show_predictions(output / "release", source.test)
-        study = _study(options, base, source)
+        study = _study(options, base, source, method["name"], method["parameters"])
         for hospital, images in study.training.items():
             outcome.hospitals[hospital] = (len(images) + len(study.validation[hospital]), study.single(hospital))
     if options.with_controls:
@@ -164,6 +180,8 @@ def _policy(options: DemoOptions) -> dict[str, object]:
             "method": {"name": options.method},
             "trigger": {"minHospitals": 2, "quietPeriodSeconds": 1, "maxWaitSeconds": 60},
             "calibration": {"mode": "visit"},
+            # The demo says itself, on its test images, if the merged model is worse than a hospital's own.
+            "evaluation": {"allowWorse": True} if options.method == AUTO else None,
         },
     }
 
@@ -217,7 +235,9 @@ def _show_predictions(release: Path, test: Sequence[Record]) -> None:
         say(f"predict {record.path.name}: {answer}; the label is {record.label}")
 
 
-def _study(options: DemoOptions, base: BaseModel, source: Source) -> Study:
+def _study(
+    options: DemoOptions, base: BaseModel, source: Source, method: str, parameters: Mapping[str, float]
+) -> Study:
     """Everybody's images in one place, divided as each agent divided its own."""
     output, validation = options.output, Data.model_fields["validation"].default
 
@@ -234,7 +254,7 @@ def _study(options: DemoOptions, base: BaseModel, source: Source) -> Study:
         vectors[hospital] = output / "sites" / hospital / "state" / "vector.safetensors"
     folder = output / "study"
     folder.mkdir()
-    return Study(base, vectors, training, validating, load(source.test), options.method, folder)
+    return Study(base, vectors, training, validating, load(source.test), method, parameters, folder)
 
 
 def _run_controls(options: DemoOptions, study: Study, outcome: report.Report) -> None:

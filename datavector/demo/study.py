@@ -49,6 +49,7 @@ class Study:
     validation: Mapping[str, ImageSet]
     test: ImageSet
     method: str
+    parameters: Mapping[str, float]
     folder: Path
 
     def single(self, hospital: str) -> Score:
@@ -129,7 +130,7 @@ class Study:
     def _merge(self, vectors: Sequence[Path], name: str) -> Path:
         output = self.folder / f"{name}.safetensors"
         if not output.is_file():
-            merge_vectors(self.base, vectors, self.method, {}, output)
+            merge_vectors(self.base, vectors, self.method, self.parameters, output)
         return output
 
     def _network(self, weights: Path) -> nn.Module:
