@@ -6,6 +6,7 @@ A release is one folder, at once a Triton model repository entry and the content
     labels.txt       one label a line, in the order of the outputs
     1/model.onnx     uint8 images in, logits and probabilities out
     MODEL_CARD.md    for people
+    report.html      how it came about: hospitals, what was tried and what each scored, confusion matrix
     release.json     for machines
     probes.npz       images that a program drew, and what torch answers for them
     SHA256SUMS       of every other file

@@ -62,6 +62,8 @@ Merge method: {_method(release["method"])} (data vectors: arXiv 2408.13038).
 
 BatchNorm calibration: {_calibration(release["calibration"])}
 
+Classification head: {_head(release["head"])}
+
 ## Evaluation
 
 {_evaluation(release["evaluation"])}
@@ -116,10 +118,38 @@ def _calibration(calibration: Mapping[str, Any]) -> str:
     return f"`{calibration['mode']}`, by {hospitals}, over {calibration['images']} images{note}."
 
 
+def _head(head: Mapping[str, Any]) -> str:
+    if not head:
+        return "as merged."
+    who = f", from features of {head['images']} images of {', '.join(map(_escape, head['hospitals']))}"
+    note = f"; {head['note']}" if head["note"] else ""
+    return f"{head['kind']}{who if head['hospitals'] else ''}{note}."
+
+
 def _evaluation(evaluation: Mapping[str, Any]) -> str:
     if not evaluation:
         return "None: this version is unvalidated. Evaluate it on your own images before any use."
-    return "\n".join(f"- {_escape(str(name))}: {value}" for name, value in evaluation.items())
+    reason = _escape(evaluation["reason"])
+    if not evaluation["validated"]:
+        return f"{reason}. Evaluate it on your own images before any use."
+    models = [*evaluation["candidates"], *evaluation["singles"]]
+    rows = [
+        f"| {_escape(each['name'])} | {each['balancedAccuracy']:.1%} | {each['accuracy']:.1%} |"
+        + "".join(f" {each['hospitals'][name]['balancedAccuracy']:.1%} |" for name in evaluation["hospitals"])
+        for each in models
+    ]
+    hospitals = "".join(f" {_escape(name)} |" for name in evaluation["hospitals"])
+    worse = evaluation["worseThan"]
+    warning = f"**Worse than the own model of {_escape(worse)}.** " if worse else ""
+    return "\n".join(
+        [
+            f"{warning}{reason}. Hospitals evaluated every model on their own validation images:",
+            "",
+            f"| model | balanced accuracy | accuracy |{hospitals}",
+            f"|---|---|---|{'---|' * len(evaluation['hospitals'])}",
+            *rows,
+        ]
+    )
 
 
 def _escape(text: str) -> str:

@@ -13,6 +13,7 @@ from datavector.model import BaseModel
 from datavector.release.card import model_card, triton_config
 from datavector.release.checksums import SUMS, compare_sums, write_sums
 from datavector.release.lineage import Lineage, describe, model_metadata
+from datavector.release.report import report_page
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from datavector.release.probes import Parity
 
 DESCRIPTION, CARD, LABELS, CONFIG, PROBES = "release.json", "MODEL_CARD.md", "labels.txt", "config.pbtxt", "probes.npz"
+REPORT = "report.html"
 OPSET = 20
 
 
@@ -92,6 +94,7 @@ def _fill(folder: Path, network: nn.Module, base: BaseModel, lineage: Lineage, o
     (folder / LABELS).write_text("".join(f"{label}\n" for label in base.classes), encoding="utf-8")
     (folder / CONFIG).write_text(triton_config(len(base.classes)), encoding="utf-8")
     (folder / CARD).write_text(model_card(description), encoding="utf-8")
+    (folder / REPORT).write_text(report_page(description), encoding="utf-8")
     write_sums(folder)
 
 

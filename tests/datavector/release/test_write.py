@@ -32,7 +32,16 @@ from datavector.release.runtime import onnx_logits, open_session
 from tests.datavector.release.samples import ARCHITECTURES, CLASSES, INPUT, lineage, tiny, tiny_base
 
 RealRelease = Callable[[str], tuple[Path, nn.Module, BaseModel]]
-FILES = ("1/model.onnx", "MODEL_CARD.md", "SHA256SUMS", "config.pbtxt", "labels.txt", "probes.npz", "release.json")
+FILES = (
+    "1/model.onnx",
+    "MODEL_CARD.md",
+    "SHA256SUMS",
+    "config.pbtxt",
+    "labels.txt",
+    "probes.npz",
+    "release.json",
+    "report.html",
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
