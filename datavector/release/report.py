@@ -85,11 +85,12 @@ def _verdict(release: Mapping[str, Any]) -> str:
         text = "Unvalidated: the policy asks for no evaluation. Evaluate it on your own images before any use."
         return _box(text, warn=True)
     if not evaluation["validated"]:
-        return _box(f"Unvalidated. {_sentence(evaluation['reason'])} Evaluate it on your own images.", warn=True)
+        reason = evaluation["reason"]
+        return _box(f"{reason[:1].upper()}{reason[1:]}. Evaluate it on your own images before any use.", warn=True)
     worse = evaluation.get("worseThan", "")
     if worse:
-        return _box(f"Worse than the own model of {worse}. {_sentence(evaluation['reason'])}", warn=True)
-    return _box(f"Validated by {', '.join(evaluation['hospitals'])}. {_sentence(evaluation['reason'])}")
+        return _box(f"Worse than the own model of {worse}: {evaluation['reason']}.", warn=True)
+    return _box(f"Validated by {', '.join(evaluation['hospitals'])}: {evaluation['reason']}.")
 
 
 def _hospitals(release: Mapping[str, Any]) -> str:
@@ -270,8 +271,8 @@ def _limits() -> str:
     return _section(
         "What it is not",
         "<p>This is not a medical device. No authority has approved it, and it must not decide about a patient. "
-        "Weights carry traces of the images that they were trained on: nothing here claims that the model is anonymous. "
-        "A hospital may withdraw; ask whoever gave you this release whether the version is revoked.</p>",
+        "Weights carry traces of the images that they were trained on: nothing here claims that the model is anonymous."
+        " A hospital may withdraw; ask whoever gave you this release whether the version is revoked.</p>",
     )
 
 
@@ -302,8 +303,3 @@ def _shade(value: float, text: str | None = None) -> str:
     shown = f"{value:.2f}" if text is None else text
     light = "; color: #ffffff" if strength > 0.6 else ""
     return f'<td class="cell" style="background: rgba({colour}, {strength:.2f}){light}">{shown}</td>'
-
-
-def _sentence(text: str) -> str:
-    """With a capital and a full stop."""
-    return f"{text[:1].upper()}{text[1:]}."
