@@ -17,7 +17,8 @@ from datavector.merge.exact import exact_sum
 from datavector.merge.parallel import in_threads
 from datavector.merge.registry import Fraction, Scale, method
 
-HALF = 1 << 16  # a float32's bits are found in two steps of 16 each
+SELECTED = 1 << 22  # elements of a tensor that are selected from in memory: 16 MiB
+HALF = 1 << 16  # a larger one's values are found by their bits, in two steps of 16 each
 PASS = 16 * SLICE  # elements read at once
 
 Thresholds = Mapping[str, FloatArray]
@@ -36,16 +37,26 @@ def thresholds_of(cohort: Cohort, *, density: float, scale: float) -> Thresholds
 
 
 def kth_largest(source: Tensors, tensor: TensorSpec, k: int) -> float:
-    """The k-th largest magnitude of a tensor, exactly, in memory that does not depend on its size.
+    """The k-th largest magnitude of a tensor, exactly, in bounded memory.
 
-    Without their sign, float32 are ordered as their bits are: one pass counts the upper 16 bits, a second the lower 16
-    of those values whose upper bits are the wanted ones.
+    Without their sign, float32 are ordered as their bits are: of a large tensor one pass counts the upper 16 bits, a
+    second the lower 16 of those values whose upper bits are the wanted ones.
     """
     if not tensor.elements:
         return 0.0
+    if tensor.elements <= SELECTED:
+        return _select(source, tensor, k)
     upper, above = _bin_of(_histogram(source, tensor, None), k)
     lower, _ = _bin_of(_histogram(source, tensor, upper), k - above)
     return float(np.array([(upper << 16) | lower], dtype=np.uint32).view(FLOAT)[0])
+
+
+def _select(source: Tensors, tensor: TensorSpec, k: int) -> float:
+    values: FloatArray = np.empty(tensor.elements, dtype=FLOAT)
+    source.read_slice(values, tensor.name, 0)
+    np.abs(values, out=values)
+    values.partition(tensor.elements - k)
+    return float(values[tensor.elements - k])
 
 
 def _histogram(source: Tensors, tensor: TensorSpec, upper: int | None) -> NDArray[np.int64]:
@@ -80,10 +91,20 @@ def ties(block: Block, thresholds: Thresholds, *, density: Fraction = 0.2, scale
     Returns:
         float32, shape (elements,).
     """
-    kept = np.where(np.abs(block.rows) >= thresholds[block.tensor], block.rows, FLOAT.type(0))
-    positive = exact_sum(kept) >= 0
-    agrees = np.where(positive, kept > 0, kept < 0)
-    total = exact_sum(np.where(agrees, kept, FLOAT.type(0)))
+    kept = block.rows  # overwritten: fresh arrays of this size would cost more than what is computed in them
+    rising = np.abs(kept)
+    kept *= rising >= thresholds[block.tensor]
+    np.maximum(kept, 0, out=rising)
+    falling = np.minimum(kept, 0, out=kept)
+    rise, fall = exact_sum(rising), exact_sum(falling)
+    rises = rise + fall >= 0
+    total = rise * rises + fall * ~rises
     total *= scale
-    total /= np.maximum(agrees.sum(axis=0), 1)
+    total /= np.maximum(_count(rising) * rises + _count(falling) * ~rises, 1)
     return total.astype(FLOAT)
+
+
+def _count(rows: FloatArray) -> NDArray[np.uint32]:
+    """How many hospitals' values are not 0. Faster than numpy's count over an axis."""
+    found: NDArray[np.uint32] = (rows != 0).view(np.uint8).sum(axis=0, dtype=np.uint32)
+    return found
