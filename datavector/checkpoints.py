@@ -156,7 +156,7 @@ def merge_files(
     if chosen.method.statistics:
         raise UsageError(f"{method} needs statistics that only hospitals send", remedy="use another method")
     with _opened(base, models) as (pretrained, tuned):
-        in_order = _keyed(tuned, weights, named=not chosen.method.exact or method == "dare")
+        in_order = _keyed(tuned, weights, named=not chosen.method.exact or chosen.method.keyed)
         cohort = Cohort(
             tensors=_specs(pretrained),
             sources=tuple(Change(each, pretrained) for each, _, _ in in_order),

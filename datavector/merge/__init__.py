@@ -16,8 +16,9 @@ from datavector.merge import ties as ties
 from datavector.merge import trimmed_mean as trimmed_mean
 from datavector.merge import tsv as tsv
 from datavector.merge import weighted_mean as weighted_mean
-from datavector.merge.engine import MergeInput, Share, gram_matrix, merge_digest, merge_tensors, merge_vectors
+from datavector.merge.engine import MergeInput, gram_matrix, merge_digest, merge_tensors, merge_vectors
 from datavector.merge.registry import Chosen, body_id, choose, find, method, methods
+from datavector.merge.shares import Share
 
 __all__ = [
     "Chosen",

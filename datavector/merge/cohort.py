@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from datavector.layout import FLOAT, FloatArray, TensorSpec
 from datavector.merge.exact import exact_sum
+from datavector.merge.parallel import in_threads
 
 DoubleArray = NDArray[np.float64]
 
+GRAM_VALUES = 1 << 20  # of all vectors at once
 SLICE = 1 << 14  # elements of a fixed slice: sums over slices do not depend on how work is divided
 
 
@@ -79,14 +81,15 @@ class Cohort:
     @cached_property
     def grams(self) -> dict[str, DoubleArray]:
         """By tensor the inner products of all vectors: float64, shape (hospitals, hospitals)."""
-        found = {}
-        for tensor in self.tensors:
-            total = np.zeros((len(self), len(self)))
-            for block in self.slices(tensor):
-                rows = block.rows.astype(np.float64)
-                total += rows @ rows.T
-            found[tensor.name] = (total + total.T) / 2
-        return found
+        names = [tensor.name for tensor in self.tensors]
+        return dict(zip(names, in_threads(self._gram_of, self.tensors), strict=True))
+
+    def _gram_of(self, tensor: TensorSpec) -> DoubleArray:
+        total = np.zeros((len(self), len(self)))
+        for block in self.slices(tensor, max(min(SLICE, GRAM_VALUES // len(self)), 1)):
+            rows = block.rows.astype(np.float64)
+            total += rows @ rows.T
+        return (total + total.T) / 2
 
     @cached_property
     def gram(self) -> DoubleArray:

@@ -22,7 +22,7 @@ def keys_of(cohort: Cohort, *, density: float, seed: float, scale: float) -> tup
     return cohort.keys
 
 
-@method("dare", prepare=keys_of, exact=True)
+@method("dare", prepare=keys_of, exact=True, keyed=True)
 def dare(
     block: Block,
     keys: tuple[str, ...],
@@ -42,11 +42,11 @@ def dare(
     Returns:
         float32, shape (elements,).
     """
-    limit = np.uint32(min(round(density * 2**32), 2**32 - 1))
+    last = np.uint32(round(density * 2**32) - 1)
     kept = np.empty_like(block.rows)
     for row, key, target in zip(block.rows, keys, kept, strict=True):
         drawn = _draw(draw_key("dare", int(seed), key, block.tensor), block.start, len(row))
-        np.multiply(row, drawn < limit, out=target)
+        np.multiply(row, drawn <= last, out=target)
     total = exact_sum(kept)
     total *= scale / density
     return total.astype(FLOAT)

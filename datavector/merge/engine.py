@@ -2,7 +2,7 @@
 
 Blocks are small enough to stay in a core's cache between reading, summing and writing, and each thread has buffers of
 its own, so a merge costs little more than the reading and writing itself. Blocks are independent of each other, so
-several processes can share one merge: see `Share`.
+several processes can share one merge (shares.py).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +19,13 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from datavector.errors import Interrupted, MergeError, NotFinite
-from datavector.files import atomic_write, canonical_json, disk_full_at, fsync, sha256_file
+from datavector.files import atomic_write, canonical_json, disk_full_at, sha256_file
 from datavector.layout import FLOAT, FloatArray, Layout, TensorFile, TensorSpec
 from datavector.merge.cohort import Block, Cohort, Tensors, WholeTensor
 from datavector.merge.parallel import in_threads
 from datavector.merge.registry import Chosen, Merge, choose
 from datavector.merge.regmean import fisher_layout, regmean_layout
+from datavector.merge.shares import Share, SharedFile
 from datavector.model import BaseModel, is_statistic
 from datavector.vector import open_vector
 
@@ -52,18 +53,6 @@ class MergeInput:
     samples: int = 1
     fisher: Path | None = None
     regmean: Path | None = None
-
-
-@dataclass(frozen=True)
-class Share:
-    """A part of a merge that `of` processes do together, on a file system that they share.
-
-    Each writes its blocks into `.<output>.shared` and then leaves a mark. Whoever leaves the last one gives the file
-    its name. A process that was killed is started again, with the same index.
-    """
-
-    index: int
-    of: int
 
 
 class Output(Protocol):
@@ -104,15 +93,28 @@ def merge_vectors(
         DiskFull: no space is left.
     """
     chosen = choose(method, parameters)
-    inputs = _sorted([each if isinstance(each, MergeInput) else MergeInput(each) for each in vectors], chosen)
-    with ExitStack() as files:
-        pretrained = files.enter_context(base.open())
-        cohort = _open(base, inputs, chosen, files)
-        descriptor = files.enter_context(_shared(output, base.layout, share) if share else _whole(output, base.layout))
+    inputs = [each if isinstance(each, MergeInput) else MergeInput(each) for each in vectors]
+    if share or not chosen.method.exact or chosen.method.keyed:
+        inputs = sorted((each if each.digest else _with_digest(each) for each in inputs), key=lambda each: each.digest)
+
+    def write(descriptor: int) -> None:
         target = _LayoutFile(descriptor, base.layout, output)
-        merge_tensors(pretrained, cohort, chosen, target, progress=progress, cancelled=cancelled, share=share)
-        if not share or share.index == 0:
-            _copy_statistics(pretrained, base.layout, target)
+        with ExitStack() as files:
+            pretrained = files.enter_context(base.open())
+            cohort = _open(base, inputs, chosen, files)
+            merge_tensors(pretrained, cohort, chosen, target, progress=progress, cancelled=cancelled, share=share)
+            if not share or share.index == 0:
+                _copy_rest(pretrained, base.layout, target)
+
+    if share is None:
+        with atomic_write(output) as file:
+            write(file.fileno())
+        return
+    shared = SharedFile(output, merge_digest(base, inputs, method, parameters), base.layout.size, share)
+    if not shared.is_written():
+        with shared.open() as descriptor:
+            write(descriptor)
+    shared.finish()
 
 
 def merge_tensors(
@@ -126,9 +128,10 @@ def merge_tensors(
     share: Share | None = None,
 ) -> None:
     """Writes pretrained + merged for the cohort's tensors, wherever they are read from and written to."""
+    cohort = replace(cohort, sources=tuple(_Stoppable(source, cancelled) for source in cohort.sources))
     with threadpool_limits(1, "blas"):  # the threads are ours; and one thread's sums are the same everywhere
         merge = chosen.ready(cohort)
-        work = _Work(pretrained, cohort, chosen, merge, output, cancelled)
+        work = _Work(pretrained, cohort, chosen, merge, output)
         parts = list(_wholes(cohort)) if chosen.method.whole else list(_blocks(cohort))
         run = 1 if chosen.method.whole else RUN
         runs = [parts[begin : begin + run] for begin in range(0, len(parts), run)]
@@ -142,15 +145,27 @@ def merge_tensors(
 
 
 def merge_digest(base: BaseModel, inputs: Sequence[MergeInput], method: str, parameters: Mapping[str, Any]) -> str:
-    """A digest of all that decides a merge's bytes: the base, the inputs, the method and its parameters."""
+    """A digest of all that decides a merge's bytes: the base, the inputs, the method and its parameters.
+
+    Of an input that is its vector's digest (computed where it is not given), and the images or the file of statistics
+    where the method reads them.
+    """
     chosen = choose(method, parameters)
     content = {
         "base": base.digest,
-        "inputs": sorted([each.digest, each.samples if chosen.method.weighs else 1] for each in inputs),
+        "inputs": sorted(_read_of(each, chosen) for each in inputs),
         "method": method,
         "parameters": dict(chosen.parameters),
     }
     return "sha256:" + hashlib.sha256(canonical_json(content)).hexdigest()
+
+
+def _read_of(each: MergeInput, chosen: Chosen) -> list[str | int]:
+    """What a method reads of an input, as digests and numbers."""
+    found: list[str | int] = [each.digest or f"sha256:{sha256_file(each.path)}"]
+    found.append(each.samples if chosen.method.weighs else 1)
+    statistics = {"fisher": each.fisher, "regmean": each.regmean}.get(chosen.method.statistics)
+    return [*found, sha256_file(statistics)] if statistics else found
 
 
 def gram_matrix(base: BaseModel, vectors: Sequence[MergeInput | Path]) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -163,16 +178,8 @@ def gram_matrix(base: BaseModel, vectors: Sequence[MergeInput | Path]) -> np.nda
 # --- Opening --------------------------------------------------------------------------------------------------
 
 
-def _sorted(inputs: list[MergeInput], chosen: Chosen) -> list[MergeInput]:
-    """By digest, where the order or the digest decides bytes."""
-    if chosen.method.exact and chosen.method.name != "dare":
-        return inputs
-    known = [each if each.digest else _with_digest(each) for each in inputs]
-    return sorted(known, key=lambda each: each.digest)
-
-
 def _with_digest(each: MergeInput) -> MergeInput:
-    return MergeInput(each.path, f"sha256:{sha256_file(each.path)}", each.samples, each.fisher, each.regmean)
+    return replace(each, digest=f"sha256:{sha256_file(each.path)}")
 
 
 def _open(base: BaseModel, inputs: Sequence[MergeInput], chosen: Chosen, files: ExitStack) -> Cohort:
@@ -200,6 +207,19 @@ def _open(base: BaseModel, inputs: Sequence[MergeInput], chosen: Chosen, files: 
 
 
 # --- Working --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Stoppable:
+    """A hospital's vector that can no more be read when the merge is cancelled, whoever reads it."""
+
+    source: Tensors
+    cancelled: Callable[[], bool]
+
+    def read_slice(self, values: FloatArray, tensor: str, start: int) -> None:
+        if self.cancelled():
+            raise Interrupted("the merge was stopped", remedy="start it again; nothing half-written is left")
+        self.source.read_slice(values, tensor, start)
 
 
 @dataclass(frozen=True)
@@ -234,7 +254,6 @@ class _Work:
     chosen: Chosen
     merge: Merge
     output: Output
-    cancelled: Callable[[], bool]
 
     def do(self, pieces: Sequence[_Piece]) -> int:
         """Merges and writes some pieces, in buffers of their own; returns their elements."""
@@ -243,8 +262,6 @@ class _Work:
         rows = np.empty((0 if self.chosen.method.whole else len(self.cohort), largest), dtype=FLOAT)
         statistics = np.empty((len(self.cohort.fisher), largest), dtype=FLOAT)
         for piece in pieces:
-            if self.cancelled():
-                raise Interrupted("the merge was stopped", remedy="start it again; nothing half-written is left")
             count = slice(piece.count)
             self._merge(piece, weights[count], rows[:, count], statistics[:, count])
         return sum(piece.count for piece in pieces)
@@ -285,49 +302,19 @@ class _LayoutFile:
     path: Path
 
     def write_slice(self, values: FloatArray, tensor: str, start: int) -> None:
-        left, offset = values.data.cast("B"), self.layout.offsets[tensor] + start * FLOAT.itemsize
+        self.write(values.data.cast("B"), self.layout.offsets[tensor] + start * FLOAT.itemsize)
+
+    def write(self, content: bytes | memoryview, offset: int) -> None:
+        left = memoryview(content)
         with disk_full_at(self.path):
             while left:
                 done = os.pwrite(self.descriptor, left, offset)
                 left, offset = left[done:], offset + done
 
 
-def _copy_statistics(pretrained: TensorFile, layout: Layout, output: Output) -> None:
+def _copy_rest(pretrained: TensorFile, layout: Layout, output: _LayoutFile) -> None:
+    """The header, and the statistics, which are restored rather than merged."""
+    output.write(layout.header, 0)
     for spec in layout.tensors:
         if is_statistic(spec.name) and spec.elements:
             output.write_slice(pretrained.read(spec.name).reshape(-1), spec.name, 0)
-
-
-@contextmanager
-def _whole(output: Path, layout: Layout) -> Iterator[int]:
-    with atomic_write(output) as file:
-        file.write(layout.header)
-        file.flush()
-        yield file.fileno()
-
-
-@contextmanager
-def _shared(output: Path, layout: Layout, share: Share) -> Iterator[int]:
-    """The file that all shares write into; it gets its name when each has left its mark."""
-    partial = output.with_name(f".{output.name}.shared")
-    marks = [partial.with_name(f"{partial.name}-{index}-of-{share.of}") for index in range(share.of)]
-    with disk_full_at(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            os.ftruncate(descriptor, layout.size)
-            os.pwrite(descriptor, layout.header, 0)
-            yield descriptor
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        with atomic_write(marks[share.index]) as file:
-            file.write(b"done\n")
-        if all(mark.exists() for mark in marks):
-            try:
-                partial.replace(output)
-            except FileNotFoundError:  # another process has left the last mark at the same time
-                return
-            fsync(output.parent)
-            for mark in marks:
-                mark.unlink(missing_ok=True)

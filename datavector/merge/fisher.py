@@ -26,9 +26,10 @@ def fisher(block: Block, *, scale: Scale = 1.0) -> FloatArray:
     """
     if block.statistics is None or (block.statistics < 0).any():
         raise MergeError("a Fisher information is missing or negative", remedy="let the hospitals send it again")
-    weights = block.statistics.astype(np.float64)
-    total = weights.sum(axis=0)
-    weighted = (weights * block.rows).sum(axis=0)
+    total, weighted = np.zeros(block.rows.shape[1]), np.zeros(block.rows.shape[1])
+    for row, weight in zip(block.rows, block.statistics.astype(np.float64), strict=True):  # numpy's sum looks at shapes
+        total += weight
+        weighted += weight * row
     mean = exact_sum(block.rows) / len(block.rows)
     merged: DoubleArray = np.divide(weighted, total, out=mean, where=total > 0)
     return (scale * merged).astype(FLOAT)

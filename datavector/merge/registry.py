@@ -47,6 +47,7 @@ class Method:
         prepare: looks at all vectors once, before the first block.
         whole: whether it takes tensors as a whole.
         exact: whether it is exact whatever the order of the hospitals; any other gets them sorted by digest.
+        keyed: whether it reads the vectors' digests.
         weighs: whether it reads how many images each hospital trained on.
         statistics: which statistics of the hospitals it reads beside the vectors: "fisher", "regmean" or none.
         parameters: the defaults by name.
@@ -57,6 +58,7 @@ class Method:
     prepare: Callable[..., Any] | None
     whole: bool
     exact: bool
+    keyed: bool
     weighs: bool
     statistics: str
     parameters: Mapping[str, float] = field(default_factory=dict)
@@ -93,6 +95,7 @@ def method(
     prepare: Callable[..., Any] | None = None,
     whole: bool = False,
     exact: bool = False,
+    keyed: bool = False,
     weighs: bool = False,
     statistics: str = "",
 ) -> Callable[[FunctionT], FunctionT]:
@@ -105,7 +108,7 @@ def method(
         keywords = [each for each in inspect.signature(function).parameters.values() if each.kind is each.KEYWORD_ONLY]
         defaults = {each.name: float(each.default) for each in keywords}
         ranges = {each.name: _range(hints[each.name]) for each in keywords}
-        _METHODS[name] = Method(name, function, prepare, whole, exact, weighs, statistics, defaults, ranges)
+        _METHODS[name] = Method(name, function, prepare, whole, exact, keyed, weighs, statistics, defaults, ranges)
         return function
 
     return register
@@ -145,8 +148,15 @@ def choose(name: str, parameters: Mapping[str, Any]) -> Chosen:
 
 
 def body_id(name: str, parameters: Mapping[str, float]) -> str:
-    """A plain name for one way to merge: the method's, with the parameters that were set, such as `ties-density0.3`."""
-    return "-".join([name, *(f"{key}{value:g}" for key, value in sorted(parameters.items()))])
+    """A plain name for one way to merge: the method's, with what is not its default, such as `ties-density0.3`."""
+    usual = _METHODS[name].parameters if name in _METHODS else {}
+    changed = sorted((key, value) for key, value in parameters.items() if value != usual.get(key))
+    return "-".join([name, *(f"{key}{_plain(value)}" for key, value in changed)])
+
+
+def _plain(value: float) -> str:
+    """A number in full, without signs that a name may not have."""
+    return repr(float(value)).removesuffix(".0").replace("+", "")
 
 
 def _range(hint: Any) -> Range:

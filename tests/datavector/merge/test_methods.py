@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
 
 from datavector.errors import ConfigError, MergeError
+from datavector.layout import TensorSpec
 from datavector.merge import MergeInput, choose, methods
+from datavector.merge.ties import kth_largest
 from tests.datavector.merge.small import matrix, merged_bytes, read, small_base, small_input
 
 HOSPITALS = 5
@@ -216,3 +221,38 @@ def test_one_hospital_alone_merges_to_its_own_model_where_nothing_is_taken_away(
         np.testing.assert_allclose(read(tmp_path / "out", base.layout)["bias"], expected + tau, rtol=1e-6)
     else:
         assert alone == merged_bytes(base, inputs[:1], tmp_path / "sum", "sum")
+
+
+@given(
+    npst.arrays(np.float32, st.integers(1, 300), elements=st.floats(-(2.0**100), 2.0**100, width=32)),
+    st.integers(1, 300),
+)
+def test_the_kth_largest_magnitude_is_found_in_memory_and_by_bits(values, rank):
+    spec, k = TensorSpec("a", values.shape), min(rank, len(values))
+    expected = np.sort(np.abs(values))[-k]
+    with pytest.MonkeyPatch.context() as patch:
+        assert kth_largest(Whole(values), spec, k) == expected
+        patch.setattr("datavector.merge.ties.SELECTED", 0)
+        patch.setattr("datavector.merge.ties.PASS", 7)
+        assert kth_largest(Whole(values), spec, k) == expected
+
+
+class Whole:
+    """Tensors that are all the same array."""
+
+    def __init__(self, values):
+        self.values = values
+
+    def read_slice(self, values, tensor, start):
+        values[:] = self.values[start : start + len(values)]
+
+
+def test_dare_of_density_1_keeps_everything(base, inputs, tmp_path):
+    assert merged_bytes(base, inputs, tmp_path / "a", "dare", density=1) == merged_bytes(
+        base, inputs, tmp_path / "b", "sum"
+    )
+
+
+def test_hospitals_without_any_image_have_no_weighted_mean(base, inputs, tmp_path):
+    with pytest.raises(MergeError, match="0, 0"):
+        merged_bytes(base, [MergeInput(each.path, samples=0) for each in inputs[:2]], tmp_path / "a", "weighted-mean")

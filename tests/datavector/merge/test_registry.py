@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 
 from datavector.errors import ConfigError
-from datavector.merge import choose, method, methods
+from datavector.merge import body_id, choose, method, methods
 from datavector.merge.cohort import Block, Cohort
 
 BLOCK = np.array([[1, 2], [3, 5]], dtype=np.float32)
@@ -38,6 +39,24 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_one():
 def test_a_value_that_is_no_finite_number_is_refused(value):
     with pytest.raises(ConfigError, match=r"sum\.scale"):
         choose("sum", {"scale": value})
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "expected"),
+    [
+        ("sum", {}, "sum"),
+        ("sum", {"scale": 1}, "sum"),
+        ("sum", {"scale": 0.5}, "sum-scale0.5"),
+        ("sum", {"scale": -2.0}, "sum-scale-2"),
+        ("ties", {"scale": 2, "density": 0.3}, "ties-density0.3-scale2"),
+        ("sum", {"scale": 0.1234567891}, "sum-scale0.1234567891"),
+        ("sum", {"scale": 1e-30}, "sum-scale1e-30"),
+        ("dare", {"seed": 2147483647}, "dare-seed2147483647"),
+    ],
+)
+def test_a_merge_is_named_after_what_is_not_default(name, parameters, expected):
+    assert body_id(name, parameters) == expected
+    assert re.fullmatch("[a-z0-9]([a-z0-9.-]*[a-z0-9])?", expected)
 
 
 def test_two_methods_of_one_name_are_a_mistake():

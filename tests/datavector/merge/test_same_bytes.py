@@ -1,6 +1,9 @@
 """The same vectors give the same bytes: in any order, in any blocks, by any number of workers, at any magnitude."""
 
 import itertools
+import subprocess
+import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +11,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from datavector.errors import Interrupted
+from datavector.errors import ConfigError, Interrupted, MergeError
 from datavector.layout import write_tensors
-from datavector.merge import MergeInput, Share, cohort, engine, merge_digest, merge_vectors, methods, parallel
+from datavector.merge import (
+    MergeInput,
+    Share,
+    choose,
+    cohort,
+    engine,
+    find,
+    merge_digest,
+    merge_vectors,
+    methods,
+    parallel,
+)
+from datavector.merge.cohort import Block, Cohort
+from datavector.merge.shares import SharedFile
 from tests.datavector.merge.small import merged_bytes, small_base, small_input
 
 EXACT_SPLIT = [name for name in methods() if not engine.choose(name, {}).method.whole]
@@ -55,6 +71,15 @@ def test_in_any_blocks_and_threads(base, inputs, expected, tmp_path, monkeypatch
         assert merged_bytes(base, inputs, tmp_path / str(length), method) == expected[method]
 
 
+@pytest.mark.parametrize("method", [name for name in EXACT_SPLIT if find(name).prepare is None])
+def test_in_blocks_of_one_value(method):
+    random = np.random.default_rng(0)
+    rows, statistics = (random.random((11, 5)).astype(np.float32) for _ in range(2))
+    merge = choose(method, {}).ready(Cohort((), (), (), ()))
+    alone = [merge(Block(rows[:, [i]], statistics=statistics[:, [i]])) for i in range(5)]
+    assert np.concatenate(alone).tobytes() == merge(Block(rows, statistics=statistics)).tobytes()
+
+
 @pytest.mark.parametrize("method", methods())
 @pytest.mark.parametrize("of", [1, 2, 5])
 def test_by_any_number_of_workers_in_any_order(base, inputs, expected, tmp_path, method, of):
@@ -62,7 +87,64 @@ def test_by_any_number_of_workers_in_any_order(base, inputs, expected, tmp_path,
         assert not (tmp_path / "out").exists()
         merge_vectors(base, inputs, method, {}, tmp_path / "out", share=Share(index, of))
     assert (tmp_path / "out").read_bytes() == expected[method]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    marks = sorted(path.name.partition(".")[2] for path in (tmp_path / "out.shares").iterdir())
+    assert marks == [f"{index}-of-{of}.done" for index in range(of)]
+
+
+def test_workers_at_the_same_time(base, inputs, expected, tmp_path):
+    command = [sys.executable, "-c", WORKER, base.path, tmp_path / "out", *(each.path for each in inputs)]
+    workers = [subprocess.Popen([*map(str, command), str(index)]) for index in range(3)]
+    assert [worker.wait() for worker in workers] == [0, 0, 0]
+    assert (tmp_path / "out").read_bytes() == expected["ties"]
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from datavector.merge import Share, merge_vectors
+from datavector.model import BaseModel
+base, output, *vectors, index = sys.argv[1:]
+inputs, share = [Path(vector) for vector in vectors], Share(int(index), 3)
+merge_vectors(BaseModel.load(Path(base)), inputs, "ties", {}, Path(output), share=share)
+"""
+
+
+def test_a_worker_that_runs_again_after_the_end_changes_nothing(base, inputs, expected, tmp_path):
+    for index in (0, 1, 0):
+        merge_vectors(base, inputs, "sum", {}, tmp_path / "out", share=Share(index, 2))
+    assert (tmp_path / "out").read_bytes() == expected["sum"]
+    assert not list((tmp_path / "out.shares").glob("*.data"))
+
+
+def test_a_worker_that_was_killed_before_it_named_the_output_names_it(base, inputs, expected, tmp_path, monkeypatch):
+    merge_vectors(base, inputs, "sum", {}, tmp_path / "out", share=Share(0, 2))
+    with monkeypatch.context() as killed:
+        killed.setattr(SharedFile, "finish", lambda self: None)
+        merge_vectors(base, inputs, "sum", {}, tmp_path / "out", share=Share(1, 2))
+    assert not (tmp_path / "out").exists()
+    merge_vectors(base, inputs, "sum", {}, tmp_path / "out", share=Share(1, 2))
+    assert (tmp_path / "out").read_bytes() == expected["sum"]
+
+
+def test_what_another_merge_left_is_not_mixed_in(base, inputs, expected, tmp_path):
+    merge_vectors(base, inputs, "mean", {}, tmp_path / "out", share=Share(0, 2))
+    merge_vectors(base, inputs, "sum", {}, tmp_path / "out", share=Share(1, 2))
+    assert not (tmp_path / "out").exists()
+    merge_vectors(base, inputs, "sum", {}, tmp_path / "out", share=Share(0, 2))
+    assert (tmp_path / "out").read_bytes() == expected["sum"]
+
+
+def test_marks_of_work_that_is_gone_are_an_error(base, inputs, tmp_path):
+    merge_vectors(base, inputs, "sum", {}, tmp_path / "out", share=Share(0, 2))
+    next((tmp_path / "out.shares").glob("*.data")).unlink()
+    with pytest.raises(MergeError, match="gone; remove"):
+        merge_vectors(base, inputs, "sum", {}, tmp_path / "out", share=Share(1, 2))
+
+
+@pytest.mark.parametrize(("index", "of"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_share_is_one_of_all(index, of):
+    with pytest.raises(ConfigError):
+        Share(index, of)
 
 
 def test_a_worker_that_was_stopped_is_run_again(base, inputs, expected, tmp_path):
@@ -75,7 +157,15 @@ def test_a_worker_that_was_stopped_is_run_again(base, inputs, expected, tmp_path
     assert (tmp_path / "out").read_bytes() == expected["sum"]
 
 
-@pytest.mark.parametrize("method", ["sum", "ties", "iso-c", "krum"])
+@pytest.mark.parametrize("method", ["ties", "krum", "geometric-median", "model-stock"])
+def test_looking_at_the_vectors_first_can_be_cancelled_too(base, inputs, tmp_path, method):
+    asked = itertools.count()
+    with pytest.raises(Interrupted):
+        merge_vectors(base, inputs, method, {}, tmp_path / "out", cancelled=lambda: next(asked) >= 4)
+    assert next(asked) < 3 * len(inputs)
+
+
+@pytest.mark.parametrize("method", methods())
 def test_a_merge_that_is_cancelled_leaves_nothing(base, inputs, tmp_path, method):
     asked = itertools.count()
     with pytest.raises(Interrupted):
@@ -120,6 +210,14 @@ def test_the_digest_tells_inputs_method_and_parameters_apart(base, inputs):
     assert digest() == digest(inputs[::-1]) == digest(scale=1.0) == digest(heavier)
     others = {digest(inputs[1:]), digest(method="mean"), digest(scale=0.5), digest(method="weighted-mean")}
     assert len(others | {digest(), digest(heavier, "weighted-mean")}) == 6
+
+
+def test_the_digest_is_of_vectors_and_statistics_that_are_read(base, inputs):
+    bare = [MergeInput(each.path) for each in inputs]
+    assert merge_digest(base, bare, "sum", {}) == merge_digest(base, inputs, "sum", {})
+    other = [replace(each, fisher=inputs[0].fisher) for each in inputs]
+    assert merge_digest(base, other, "mean", {}) == merge_digest(base, inputs, "mean", {})
+    assert merge_digest(base, other, "fisher", {}) != merge_digest(base, inputs, "fisher", {})
 
 
 def test_the_inner_products_are_those_of_everything_that_is_merged(base, inputs, monkeypatch):
