@@ -28,7 +28,8 @@ def iso_c(tensor: WholeTensor, *, scale: Scale = 1.0) -> FloatArray:
     total = tensor.sum()
     if (shape := as_matrix(tensor.spec.shape)) is not None:
         total = isotropic(total.reshape(shape)).reshape(total.shape)
-    return (scale * total).astype(FLOAT)
+    total *= scale
+    return total.astype(FLOAT)
 
 
 def isotropic(matrix: DoubleArray) -> DoubleArray:
@@ -38,13 +39,13 @@ def isotropic(matrix: DoubleArray) -> DoubleArray:
     """
     if matrix.shape[0] > matrix.shape[1]:
         return isotropic(matrix.T).T
-    largest = np.abs(matrix).max(initial=0.0)
+    largest = max(matrix.max(initial=0.0), -matrix.min(initial=0.0))
     if largest == 0:
         return matrix
     scaled = matrix / largest
     values, vectors = np.linalg.eigh(scaled @ scaled.T)
     used = values > SMALLEST * values[-1]
     vectors, values = vectors[:, used], values[used]
-    polar = (vectors / np.sqrt(values)) @ (vectors.T @ scaled)
-    result: DoubleArray = polar * (np.sqrt(values.sum() / len(values)) * largest)
-    return result
+    polar: DoubleArray = (vectors / np.sqrt(values)) @ vectors.T @ scaled
+    polar *= np.sqrt(values.sum() / len(values)) * largest
+    return polar
