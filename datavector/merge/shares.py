@@ -50,7 +50,7 @@ class SharedFile:
         self.folder = output.with_name(f"{output.name}.shares")
         key = digest.rpartition(":")[2][:KEY]
         self.data = self.folder / f"{key}.data"
-        self.marks = [self.folder / f"{key}.{index}-of-{share.of}.done" for index in range(share.of)]
+        self.marks = [f"{key}.{index}-of-{share.of}.done" for index in range(share.of)]
         self.mark = self.marks[share.index]
 
     def is_written(self) -> bool:
@@ -59,13 +59,13 @@ class SharedFile:
         Raises:
             MergeError: marks say so of some share, but what was written is gone.
         """
-        marked = any(mark.exists() for mark in self.marks)
-        if marked and not (self.data.exists() or (self._all_done() and self.output.exists())):
+        done = self._done()
+        if done and not (self.data.exists() or (self._all_done() and self.output.exists())):
             raise MergeError(
                 f"shares of {self.output} are marked as done, but what they wrote is gone",
                 remedy=f"remove {self.folder} and run all shares again",
             )
-        return self.mark.exists()
+        return self.mark in done
 
     @contextmanager
     def open(self) -> Iterator[int]:
@@ -83,7 +83,7 @@ class SharedFile:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
-        with atomic_write(self.mark):
+        with atomic_write(self.folder / self.mark):
             pass
 
     def finish(self) -> None:
@@ -98,4 +98,9 @@ class SharedFile:
         fsync(self.output.parent)
 
     def _all_done(self) -> bool:
-        return all(mark.exists() for mark in self.marks)
+        return self._done() == set(self.marks)
+
+    def _done(self) -> set[str]:
+        """The marks that are there. Listed, as a network file system may remember that a name was not there."""
+        there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        return there & set(self.marks)
