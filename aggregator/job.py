@@ -30,7 +30,7 @@ from datavector.choice import HEAD, SINGLE, total
 from datavector.errors import DataVectorError, DiskFull, WrongDigest
 from datavector.files import disk_full_at, sha256_file
 from datavector.layout import FloatArray
-from datavector.merge import MergeInput, gram_matrix, merge_vectors
+from datavector.merge import MergeInput, Share, gram_matrix, merge_vectors
 from datavector.merge.batchnorm import Moments, pool_layers, uploaded
 from datavector.merge.batchnorm import restore as restored_statistics
 from datavector.merge.head import missing_classes, pool_features, solve_head
@@ -38,6 +38,7 @@ from datavector.merge.outliers import inspect_vectors
 from datavector.merge.restored import write_restored, write_tuned
 from datavector.model import BaseModel
 
+INDEX = "JOB_COMPLETION_INDEX"  # Kubernetes sets it in the Pods of an Indexed Job
 LONGEST_MESSAGE = 4000  # characters; Kubernetes takes 4096 bytes of a termination message
 
 
@@ -48,12 +49,14 @@ def main() -> None:
     parser.add_argument("stage", choices=("merge", "restore", "release"))
     parser.add_argument("--termination-log", type=Path, help="file for the report or the reason of a failure")
     parser.add_argument("--end-with-parent", action="store_true", help="end when standard input is closed")
+    parser.add_argument("--share-of", type=int, default=1, help="processes that share the merge, told apart by INDEX")
     arguments = parser.parse_args()
+    share = Share(int(os.environ[INDEX]), arguments.share_of) if arguments.share_of > 1 else None
     if arguments.end_with_parent:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     code, said = 0, "done"
     try:
-        said = json.dumps(run_stage(Store(arguments.store), arguments.version, arguments.stage))
+        said = json.dumps(run_stage(Store(arguments.store), arguments.version, arguments.stage, share))
     except (DiskFull, OSError, MemoryError) as error:
         code, said = EXIT_PASSING, str(error) or type(error).__name__
     except DataVectorError as error:
@@ -68,26 +71,36 @@ def main() -> None:
     sys.exit(code)
 
 
-def run_stage(store: Store, name: str, stage: str) -> dict[str, Any]:
+def run_stage(store: Store, name: str, stage: str, share: Share | None = None) -> dict[str, Any]:
     """Runs a stage and leaves its report, which it returns, in the store. A stage that has finished is not run again.
 
+    Args:
+        share: of a merge, where several processes share it; the last of them to end leaves the report.
     Raises:
         DataVectorError: an input is missing or altered, the disk is full, or the release does not verify.
     """
     if (finished := store.report(name, stage)) is not None:
         return finished
-    store.remove_leftovers(name)
+    if share is None:  # else the others' files are no leftovers
+        store.remove_leftovers(name)
     version = ModelVersion.parse(store.read_version(name))
     base = store.base(version.spec.base_model_ref)
-    work = {"merge": merge, "restore": restore, "release": release}[stage]
     with disk_full_at(store.root):
-        report = work(store, version, base)
-    store.write_report(name, stage, report)
+        if stage == "merge":
+            report = merge(store, version, base, share)
+        else:
+            report = {"restore": restore, "release": release}[stage](store, version, base)
+    if report:
+        store.write_report(name, stage, report)
     return report
 
 
-def merge(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, Any]:
-    """theta_pre + the merged vectors, with the pretrained BatchNorm statistics, in every way that is to be tried."""
+def merge(store: Store, version: ModelVersion, base: BaseModel, share: Share | None) -> dict[str, Any]:
+    """theta_pre + the merged vectors, with the pretrained BatchNorm statistics, in every way that is to be tried.
+
+    Returns:
+        The report; nothing while other shares are not done.
+    """
     inputs = [_input(store, entry) for entry in version.spec.inputs]
     for entry, each in zip(version.spec.inputs, inputs, strict=True):
         if not each.path.is_file() or f"sha256:{sha256_file(each.path)}" != entry.digest:
@@ -95,11 +108,13 @@ def merge(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, Any
                 f"the stored vector {entry.data_vector} is missing or altered",
                 remedy="restore the store's volume, or let the hospital send it again",
             )
-    weights = {}
+    outputs = {body: store.merged(version.name, body) for body in version.bodies}
     for body, candidate in version.bodies.items():
-        output = store.merged(version.name, body)
-        merge_vectors(base, inputs, candidate.name, candidate.parameters, output)
-        weights[body] = sha256_file(output)
+        if share is None or not outputs[body].is_file():
+            merge_vectors(base, inputs, candidate.name, candidate.parameters, outputs[body], share=share)
+    if not all(output.is_file() for output in outputs.values()):
+        return {}
+    weights = {body: sha256_file(output) for body, output in outputs.items()}
     gram = gram_matrix(base, inputs)
     inspections = inspect_vectors(base, inputs, gram)
     outliers = {

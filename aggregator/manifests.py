@@ -52,8 +52,9 @@ def merge_job(version: ModelVersion, stage: Stage, settings: JobSettings, defaul
     An exit code that tells of a bad input ends the Job at once; a Pod that was lost with its node does not count; any
     other failure counts towards the backoff limit.
     """
+    shares = settings.parallelism if stage == "merge" else 1
     labels = {**OWN, "app.kubernetes.io/name": "datavector-job", VERSION: version.name, STAGE: stage}
-    template = {"metadata": {"labels": labels}, "spec": _pod(version, stage, settings, defaults)}
+    template = {"metadata": {"labels": labels}, "spec": _pod(version, stage, shares, settings, defaults)}
     digest = hashlib.sha256(canonical_json(template)).hexdigest()
     return {
         "apiVersion": "batch/v1",
@@ -74,6 +75,7 @@ def merge_job(version: ModelVersion, stage: Stage, settings: JobSettings, defaul
             ],
         },
         "spec": {
+            **(_indexed(shares) if shares > 1 else {}),
             "backoffLimit": settings.backoff_limit,
             "ttlSecondsAfterFinished": settings.ttl_seconds_after_finished,
             "podReplacementPolicy": "Failed",  # never two Pods of one stage at once
@@ -91,13 +93,21 @@ def merge_job(version: ModelVersion, stage: Stage, settings: JobSettings, defaul
     }
 
 
-def _pod(version: ModelVersion, stage: Stage, settings: JobSettings, defaults: JobDefaults) -> dict[str, Any]:
+def _indexed(shares: int) -> dict[str, Any]:
+    """An Indexed Job: each Pod finds the index of its share in its environment."""
+    return {"completionMode": "Indexed", "completions": shares, "parallelism": shares}
+
+
+def _pod(
+    version: ModelVersion, stage: Stage, shares: int, settings: JobSettings, defaults: JobDefaults
+) -> dict[str, Any]:
+    sharing = [f"--share-of={shares}"] if shares > 1 else []
     container = {
         "name": CONTAINER,
         "image": settings.image or defaults.image,
         "imagePullPolicy": "IfNotPresent",
         "command": ["python", "-m", "aggregator.job"],
-        "args": [f"--termination-log={TERMINATION_LOG}", STORE, version.name, stage],
+        "args": [f"--termination-log={TERMINATION_LOG}", *sharing, STORE, version.name, stage],
         "env": [{"name": "HOME", "value": "/tmp"}],  # noqa: S108  the Pod's own
         "resources": settings.resources.model_dump(),
         "terminationMessagePath": TERMINATION_LOG,

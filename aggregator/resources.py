@@ -396,6 +396,9 @@ class JobSettings(Part):
         default=(), max_length=32, description="Taints that a Job's Pod tolerates."
     )
     priority_class_name: str | None = Field(default=None, description="PriorityClass of a Job's Pod.")
+    parallelism: int = Field(
+        default=1, ge=1, le=64, description="Pods that share a merge; more than one is worth it for very large models."
+    )
     backoff_limit: int = Field(default=3, ge=0, le=20, description="Failed Pods of a Job after which it has failed.")
     ttl_seconds_after_finished: int = Field(
         default=86400, ge=60, le=10 * 365 * 86400, description="How long a finished Job and its logs are kept."

@@ -35,3 +35,13 @@ def test_a_stuck_job_is_replaced_by_one_of_the_new_settings_only_while_its_versi
     jobs.observe(JOBS, job)
     jobs.observe(PODS, {"metadata": pod, "spec": spec, "status": {"containerStatuses": [NO_IMAGE]}})
     assert jobs.running() == ({north.name} if running else frozenset())
+
+
+@pytest.mark.parametrize(("stage", "pods", "shared"), [("merge", 3, True), ("merge", 1, False), ("release", 3, False)])
+def test_only_a_merge_is_shared_and_its_pods_know_of_how_many_they_are_one(stage, pods, shared):
+    made = version(policy(), vector("north"), vector("south"))
+    job = merge_job(made, stage, JobSettings(parallelism=pods), JobDefaults("image", "store"))
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert ("--share-of=3" in container["args"]) == shared
+    indexed = {"completionMode": "Indexed", "completions": 3, "parallelism": 3}
+    assert {key: job["spec"][key] for key in indexed if key in job["spec"]} == (indexed if shared else {})

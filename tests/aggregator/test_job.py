@@ -168,6 +168,23 @@ def test_a_failure_that_may_pass_has_an_exit_code_of_its_own(store, start):
     assert run(store, version, "merge").returncode == 0
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_processes_that_share_a_merge_come_to_the_same_bytes_and_the_last_one_reports(store, start, order):
+    version = start()
+    assert run(store, version, "merge").returncode == 0
+    alone = store.merged(version.name, "sum").read_bytes()
+    expected = store.report(version.name, "merge")
+    (store.version(version.name) / "report-merge.json").unlink()
+    store.merged(version.name, "sum").unlink()
+    command = [sys.executable, "-m", "aggregator.job", "--share-of=3", str(store.root), version.name, "merge"]
+    for index in order:
+        assert store.report(version.name, "merge") is None
+        subprocess.run(command, env={**os.environ, "JOB_COMPLETION_INDEX": str(index)}, check=True)
+    assert store.merged(version.name, "sum").read_bytes() == alone
+    assert store.report(version.name, "merge") == expected
+    assert [path.name for path in store.merged(version.name, "sum").parent.iterdir()] == ["sum.safetensors"]
+
+
 # --- calibration
 
 

@@ -34,7 +34,8 @@ def test_the_example_of_the_documentation_is_a_policy(tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
     (example,) = read(tmp_path, text.split("```yaml\n")[1].split("```")[0])
     assert example.spec.trigger.quiet_period_seconds == 600
-    assert example.spec.method.parameters == {"scale": 1.0}
+    assert list(example.spec.method.bodies) == ["mean", "sum", "iso-c"]
+    assert example.spec.evaluation.quorum == 3
 
 
 def test_a_file_may_hold_several_policies(tmp_path):
