@@ -18,7 +18,7 @@ from aggregator.policy_file import load_policies
 from aggregator.receiver import Receiver
 from aggregator.reconciler import Reconciler
 from aggregator.registry import SqliteRegistry
-from aggregator.resources import ModelVersion
+from aggregator.resources import ModelVersion, Phase
 from aggregator.settings import AggregatorSettings
 from aggregator.store import Store
 from datavector.console import say
@@ -96,6 +96,9 @@ async def _serve(settings: AggregatorSettings, store: Store, registry: SqliteReg
     say("stopped; starting again goes on from here")
 
 
+SHOWN = (Phase.RELEASING, Phase.READY, Phase.REJECTED)  # phases of versions whose evaluation is told
+
+
 def print_status(root: Path) -> None:
     """Prints vectors, versions and what the policies wait for, from the store of a running or stopped aggregator.
 
@@ -123,6 +126,13 @@ def print_status(root: Path) -> None:
         versions.add_row(*_version_row(version))
     console.print(vectors, versions)
     reconciler = Reconciler(store, registry, ChildJobs(store.root))
+    for version in registry.versions():
+        if (report := version.status.evaluation) is not None and version.status.phase in SHOWN:
+            console.print(f"{version.name}: {report.reason}")
+    for vector in registry.vectors():
+        if vector.granted and vector.quarantine:
+            release = f"datavector release-quarantine {vector.name} --store {root}"
+            console.print(f"{vector.name} is quarantined: {vector.quarantine}; to merge it all the same: {release}")
     for policy in registry.policies():
         console.print(f"{policy.name}: {reconciler.explain(policy)}")
     registry.close()

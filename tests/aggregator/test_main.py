@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
 
 from aggregator.main import REGISTRY, print_status
+from aggregator.quarantine import release_quarantine
 from aggregator.registry import SqliteRegistry
-from aggregator.resources import Phase
+from aggregator.resources import QUARANTINED, Phase, utc_now, with_condition
 from aggregator.store import Store
-from datavector.errors import UsageError
+from datavector.errors import NotFound, UsageError
 from datavector.model import WEIGHTS, BaseModel
 from tests.aggregator.objects import policy, vector, version
 
@@ -53,3 +55,29 @@ def test_a_folder_without_a_registry_is_named_and_stays_empty(tmp_path):
     with pytest.raises(UsageError, match=r"holds no registry\.sqlite"):
         print_status(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quarantined_vector_is_named_and_released_by_hand(store, capsys):
+    odd = vector("east")
+    conditions = with_condition(
+        (), QUARANTINED, "True", "OutOfLine", "its norm is 100 times the median", None, utc_now()
+    )
+    odd = odd.model_copy(update={"status": odd.status.model_copy(update={"conditions": conditions})})
+    with contextlib.closing(SqliteRegistry(store.root / REGISTRY)) as registry:
+        registry.add_vector(odd)
+        registry.add_vector(vector("north"))
+    print_status(store.root)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "east-1 is quarantined: its norm is 100 times the median" in printed
+    assert "datavector release-quarantine east-1" in printed
+
+    with pytest.raises(NotFound, match="quarantined: east-1"):
+        release_quarantine(store.root, "north-1")
+    assert "its norm is 100 times" in release_quarantine(store.root, "east-1")
+    with contextlib.closing(SqliteRegistry(store.root / REGISTRY)) as registry:
+        (found, _) = registry.vectors()
+        assert (found.spec.released, found.quarantine) == (True, "")
+        registry.save(odd)  # what was planned before the decision
+        assert registry.vectors()[0].spec.released
+    with pytest.raises(UsageError, match="kubectl patch datavector east-1"):
+        release_quarantine(store.root / "elsewhere", "east-1")
