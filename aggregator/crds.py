@@ -165,9 +165,9 @@ def column(name: str, path: str, kind: str = "string", *, wide: bool = False, de
     return {**shown, **({"description": description} if description else {}), **({"priority": 1} if wide else {})}
 
 
-def condition(name: str, kind: str) -> Json:
+def condition(name: str, kind: str, *, wide: bool = False) -> Json:
     """A column with a condition's status."""
-    return column(name, f'.status.conditions[?(@.type=="{kind}")].status')
+    return column(name, f'.status.conditions[?(@.type=="{kind}")].status', wide=wide)
 
 
 AGE = column("Age", ".metadata.creationTimestamp", "date")
@@ -185,7 +185,7 @@ COLUMNS: dict[type[Resource], list[Json]] = {
         column("Images", ".spec.sampleCount", "integer"),
         column("Consent", ".spec.consent"),
         condition("Stored", "Stored"),
-        condition("Quarantined", "Quarantined"),
+        condition("Quarantined", "Quarantined", wide=True),
         column("Merged-In", ".status.mergedIn", description="Ready versions that contain it."),
         column("Erased", ".status.erasedAt", "date", wide=True, description="How long ago its file was erased."),
         AGE,
