@@ -202,10 +202,8 @@ COLUMNS: dict[type[Resource], list[Json]] = {
     ModelVersion: [
         column("Policy", ".spec.policyRef"),
         column("Phase", ".status.phase"),
-        column(
-            "Chosen", ".status.evaluation.chosen", description="The candidate that the hospitals' evaluation chose."
-        ),
-        column("Validated", ".status.evaluation.validated", "boolean"),
+        column("Chosen", ".status.evaluation.chosen", wide=True, description="The candidate that was chosen."),
+        column("Validated", ".status.evaluation.validated", "boolean", wide=True),
         condition("Ready", "Ready"),
         column("Message", ".status.message", wide=True),
         AGE,

@@ -421,13 +421,13 @@ def test_explain_describes_the_fields(served: Cluster):
 def test_get_answers_without_the_documentation(furnished: Place):
     vectors, policies, versions = furnished.kubectl("get", "dv,mp,mv").strip().split("\n\n")
     rows = [line.split() for line in vectors.splitlines()]
-    assert rows[0] == ["NAME", "HOSPITAL", "SEQUENCE", "IMAGES", "CONSENT", "STORED", "QUARANTINED", "MERGED-IN", "AGE"]
+    assert rows[0] == ["NAME", "HOSPITAL", "SEQUENCE", "IMAGES", "CONSENT", "STORED", "MERGED-IN", "AGE"]
     assert rows[1][1:6] == ["north", "1", "100", "Granted", "True"]
     assert VERSION.name in rows[1][6]
     assert rows[3][1:6] == ["west", "1", "100", "Withdrawn", "True"]
     assert policies.splitlines()[0].split() == ["NAME", "BASE", "METHOD", "MIN", "LATEST", "WAITING-FOR", "AGE"]
     assert "new vectors" in policies
-    assert versions.splitlines()[0].split() == ["NAME", "POLICY", "PHASE", "CHOSEN", "VALIDATED", "READY", "AGE"]
+    assert versions.splitlines()[0].split() == ["NAME", "POLICY", "PHASE", "READY", "AGE"]
     assert versions.splitlines()[1].split()[1:4] == ["brain", "Ready", "True"]
 
 
