@@ -20,7 +20,9 @@ FEWEST = 3  # vectors of which one can be out of line with the others
 TIMES = 3.0  # a norm may be so many times the median, or the median so many times it
 DEVIATIONS = 5.0  # and so many robust standard deviations from the median
 MAD = 1.4826  # from the median absolute deviation to a normal distribution's standard deviation
-LEAST_COSINE = 0.3  # of the cohort's median mean cosine: noise has none
+# Directions need more than two others that agree: of three hospitals, two with much the same images make the third look odd.
+FEWEST_DIRECTIONS = 4
+LEAST_COSINE = 0.1  # of the cohort's median mean cosine: noise has a thousandth of it, a flipped sign less than none
 SLICE = 1 << 18
 
 
@@ -87,7 +89,7 @@ def _reason(found: Inspection, cosines: NDArray[np.float64], tensors: int, hospi
     if (large or small) and found.norm_deviation > DEVIATIONS:
         return f"its norm is {found.norm_ratio:.3g} times the median of {hospitals} vectors"
     usual = float(np.median(cosines))
-    if usual > 0 and found.cosine < LEAST_COSINE * usual:
+    if hospitals >= FEWEST_DIRECTIONS and usual > 0 and found.cosine < LEAST_COSINE * usual:
         return (
             f"its mean cosine to the others is {found.cosine:.3f}, the median of {hospitals} vectors {usual:.3f}, and "
             f"the signs of {found.sign_conflict:.0%} of it contradict the others' sum"

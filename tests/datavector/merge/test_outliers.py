@@ -60,6 +60,12 @@ def test_of_two_vectors_nobody_can_say_which_is_out_of_line(base, honest, tmp_pa
     assert [each.reason for each in look(base, inputs)] == ["", ""]
 
 
+def test_of_three_vectors_nobody_can_say_whose_direction_is_odd(base, honest, tmp_path):
+    flipped = changed(base, honest[0], tmp_path / "odd", lambda tensor: -tensor)
+    assert [each.reason for each in look(base, [flipped, *honest[1:3]])] == ["", "", ""]
+    assert look(base, [flipped, *honest[1:4]])[0].reason
+
+
 def test_figures_are_those_of_the_whole_arrays(base, honest):
     rows = [
         np.concatenate([v.reshape(-1) for k, v in read(each.path, base.vector_layout).items() if "running" not in k])
