@@ -20,9 +20,9 @@ FEWEST = 3  # vectors of which one can be out of line with the others
 TIMES = 3.0  # a norm may be so many times the median, or the median so many times it
 DEVIATIONS = 5.0  # and so many robust standard deviations from the median
 MAD = 1.4826  # from the median absolute deviation to a normal distribution's standard deviation
-# Directions need more than two others that agree: of three hospitals, two with much the same images make the third look odd.
+# Of three hospitals, two with much the same images would make the third look odd.
 FEWEST_DIRECTIONS = 4
-LEAST_COSINE = 0.1  # of the cohort's median mean cosine: noise has a thousandth of it, a flipped sign less than none
+LEAST_COSINE = 0.1  # of the cohort's median mean cosine: noise has a thousandth of it, a flipped sign a negative one
 SLICE = 1 << 18
 
 
