@@ -275,6 +275,8 @@ class Store:
         folder = self.version(version)
         for jobs in (folder, folder / "merged", folder / "restored"):
             remove_leftovers(jobs, recursive=False)
+        for shares in (folder / "merged").glob("*.shares"):
+            shutil.rmtree(shares)
         shutil.rmtree(self._erased(version), ignore_errors=True)
 
     def erase_blob(self, hospital: str, sha256: str) -> None:

@@ -182,6 +182,7 @@ def test_processes_that_share_a_merge_come_to_the_same_bytes_and_the_last_one_re
         subprocess.run(command, env={**os.environ, "JOB_COMPLETION_INDEX": str(index)}, check=True)
     assert store.merged(version.name, "sum").read_bytes() == alone
     assert store.report(version.name, "merge") == expected
+    store.remove_leftovers(version.name)  # as the next stage does
     assert [path.name for path in store.merged(version.name, "sum").parent.iterdir()] == ["sum.safetensors"]
 
 
