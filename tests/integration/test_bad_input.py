@@ -270,7 +270,7 @@ CASES: dict[str, Bad] = {
     ),
     "flags that exclude each other": Bad(2, ("exclude each other",), lambda at: at.agent("--once", "--tasks-only")),
     "an unknown flag": Bad(2, ("No such option: --epoch",), lambda at: at.agent("--epoch", "3")),
-    "an unknown command": Bad(2, ("No such command 'merge'",), lambda at: ["merge"]),
+    "an unknown command": Bad(2, ("No such command 'blend'",), lambda at: ["blend"]),
     "a policy that there is not": Bad(
         2, ("the aggregator has these policies: trial",), lambda at: at.agent(policy="another")
     ),
