@@ -70,6 +70,7 @@ def test_an_upload_makes_one_object_of_a_spec_alone_however_often_it_comes(site,
         "artifact": {"digest": f"sha256:{info.sha256}", "size": info.size},
         "sampleCount": 10,
         "consent": "Granted",
+        "released": False,
     }
     assert "status" not in content
     receiver.until_metric('datavector_vectors{consent="Granted"}', 1)
