@@ -17,8 +17,7 @@ from datavector.merge.parallel import in_threads
 
 DoubleArray = NDArray[np.float64]
 
-GRAM_VALUES = 1 << 20  # of all vectors at once
-SLICE = 1 << 14  # elements of a fixed slice: sums over slices do not depend on how work is divided
+VALUES, LONGEST = 1 << 20, 1 << 17  # of a slice: of all vectors together, and of one
 
 
 class Tensors(Protocol):
@@ -69,8 +68,12 @@ class Cohort:
     def __len__(self) -> int:
         return len(self.sources)
 
-    def slices(self, tensor: TensorSpec, length: int = SLICE) -> Iterator[Block]:
-        """All of a tensor, slice by slice; the rows are overwritten by the next one."""
+    def slices(self, tensor: TensorSpec) -> Iterator[Block]:
+        """All of a tensor, slice by slice; the rows are overwritten by the next one.
+
+        Where slices are cut depends on the number of vectors alone, never on how work is divided.
+        """
+        length = max(min(LONGEST, VALUES // len(self)), 1)
         rows = np.empty((len(self), min(length, tensor.elements)), dtype=FLOAT)
         for start in range(0, tensor.elements, length):
             part = rows[:, : min(length, tensor.elements - start)]
@@ -86,7 +89,7 @@ class Cohort:
 
     def _gram_of(self, tensor: TensorSpec) -> DoubleArray:
         total = np.zeros((len(self), len(self)))
-        for block in self.slices(tensor, max(min(SLICE, GRAM_VALUES // len(self)), 1)):
+        for block in self.slices(tensor):
             rows = block.rows.astype(np.float64)
             total += rows @ rows.T
         return (total + total.T) / 2

@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datavector.layout import FLOAT, FloatArray, TensorSpec
-from datavector.merge.cohort import SLICE, Block, Cohort, Tensors
+from datavector.merge.cohort import Block, Cohort, Tensors
 from datavector.merge.exact import exact_sum
 from datavector.merge.parallel import in_threads
 from datavector.merge.registry import Fraction, Scale, method
 
 SELECTED = 1 << 22  # elements of a tensor that are selected from in memory: 16 MiB
 HALF = 1 << 16  # a larger one's values are found by their bits, in two steps of 16 each
-PASS = 16 * SLICE  # elements read at once
+PASS = 1 << 18  # elements read at once
 
 Thresholds = Mapping[str, FloatArray]
 """By tensor the smallest magnitude that each hospital keeps: float32, shape (hospitals, 1)."""

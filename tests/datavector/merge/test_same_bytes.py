@@ -233,5 +233,5 @@ def test_the_inner_products_are_those_of_everything_that_is_merged(base, inputs,
     ).astype(float)
     found = engine.gram_matrix(base, inputs)
     np.testing.assert_allclose(found, rows @ rows.T, rtol=1e-12)
-    monkeypatch.setattr(cohort, "SLICE", 7)
+    monkeypatch.setattr(cohort, "VALUES", 7 * len(inputs))
     np.testing.assert_allclose(engine.gram_matrix(base, inputs), found, rtol=1e-12)
