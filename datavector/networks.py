@@ -229,9 +229,15 @@ def _lite0_packages() -> tuple[Any, Callable[[], str]]:
 
 def _head(architecture: str, size: int) -> frozenset[str]:
     """The tensors whose shape depends on the number of classes."""
-    with torch.device("meta"):
-        one, other = (_instantiate(architecture, classes, size).state_dict() for classes in (2, 3))
-    return frozenset(name for name in one if one[name].shape != other[name].shape)
+    one, other = (_shapes(architecture, classes, size) for classes in (2, 3))
+    return frozenset(name for name in one if one[name] != other[name])
+
+
+def _shapes(architecture: str, classes: int, size: int) -> dict[str, torch.Size]:
+    device = "cpu" if architecture.startswith("regnet") else "meta"  # RegNet reads its widths from tensors
+    with torch.device(device):
+        state = _instantiate(architecture, classes, size).state_dict()
+    return {name: tensor.shape for name, tensor in state.items()}
 
 
 def _load_pretrained(network: nn.Module, file: Path, architecture: str, head: frozenset[str], size: int) -> None:

@@ -36,6 +36,7 @@ def make(path, **changes):
     [
         ("resnet18", 32),
         ("densenet121", 32),
+        ("regnet_y_400mf", 32),
         ("efficientnet_b0", 32),
         ("mobilenet_v3_small", 32),
         ("efficientnet_lite0", 64),
