@@ -114,8 +114,12 @@ def solve_head(
 
 
 def _sum(arrays: Sequence[DoubleArray]) -> DoubleArray:
-    """Adds element by element in ascending order of the values, so the order of the arrays does not matter."""
+    """Adds element by element in ascending order of the values, so the order of the arrays does not matter.
+
+    Row by row: beside the arrays and their sum, hardly any memory is taken.
+    """
     total = np.zeros(arrays[0].shape)
-    for values in np.sort(np.stack(arrays), axis=0):
-        total += values
+    for row, *parts in zip(total, *arrays, strict=True):
+        for values in np.sort(np.stack(parts), axis=0):
+            row += values
     return total

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -81,6 +83,18 @@ def test_any_order_gives_the_same_bits_and_a_hospital_leaves_nothing_behind(orde
     assert bits([parts[index] for index in order]) == bits(parts)
     others = [index for index in order if index != leaving]
     assert bits([parts[index] for index in others]) == bits([parts[index] for index in sorted(others)])
+
+
+def test_pooling_takes_no_memory_for_each_hospital():
+    features = 200
+    part = FeatureMoments(np.ones(CLASSES, np.int64), np.ones((CLASSES, features)), np.ones((features, features)))
+    tracemalloc.start()
+    try:
+        pool_features([part] * 20)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 3 * part.second.nbytes
 
 
 def test_a_class_that_nobody_has_is_named_and_makes_no_head():
