@@ -1,3 +1,6 @@
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -75,6 +78,53 @@ def test_a_single_hospital_that_is_better_on_either_measure_is_named():
     singles = ("hospital.north", "hospital.south")
     assert choose(evaluations(**models), ("mean",), singles).worse_than == "north"
     assert choose(evaluations(**{**models, "mean": counts(90, 90)}), ("mean",), singles).worse_than == ""
+    many_of_one = Counts(np.array([[99, 1], [10, 0]]), np.zeros((10, 3)))  # better in accuracy alone
+    balanced = Counts(np.array([[80, 20], [1, 9]]), np.zeros((10, 3)))
+    found = choose(evaluations(mean=balanced, **{"hospital.north": many_of_one}), ("mean",), ("hospital.north",))
+    assert found.worse_than == "north"
+
+
+CANDIDATES = ("mean", "sum", "iso-c")
+TABLES = st.lists(st.integers(0, 30), min_size=4, max_size=4).map(lambda cells: np.array(cells).reshape(2, 2))
+
+
+def plainly_chosen(found):
+    """The rule in exact numbers, hospital by hospital and class by class; None where too few evaluated everything."""
+    complete = [models for models in found.values() if all(models[name].sum() for name in CANDIDATES)]
+    if len(complete) < 2:
+        return None
+    totals = {name: sum(models[name] for models in complete).tolist() for name in CANDIDATES}
+
+    def balanced(name):
+        shares = [Fraction(row[label], sum(row)) for label, row in enumerate(totals[name]) if sum(row)]
+        return sum(shares) / len(shares)
+
+    best = max(CANDIDATES, key=balanced)
+    variances = []
+    for label, row in enumerate(totals[best]):
+        if sum(row):
+            share = (row[label] + 2) / (sum(row) + 4)
+            variances.append(share * (1 - share) / (sum(row) + 4))
+    margin = choice.MARGIN * math.sqrt(sum(variances)) / len(variances)
+    return next(name for name in CANDIDATES if float(balanced(best) - balanced(name)) <= margin), margin
+
+
+@given(st.dictionaries(st.sampled_from("abcd"), st.fixed_dictionaries(dict.fromkeys(CANDIDATES, TABLES)), max_size=4))
+def test_the_choice_is_that_of_the_rule_in_exact_numbers(found):
+    """Also where a class has no image at a hospital, or at any: then no figure is NaN either."""
+    given_counts = {
+        hospital: {name: Counts(table, np.zeros((10, 3))) for name, table in models.items()}
+        for hospital, models in found.items()
+    }
+    result, expected = choose(given_counts, CANDIDATES), plainly_chosen(found)
+    if expected is None:
+        assert (result.chosen, result.validated) == ("mean", False)
+    else:
+        assert result.validated
+        assert result.chosen == expected[0]
+        assert result.margin == pytest.approx(expected[1])
+    results = [each for score in result.scores for each in (score.all, *score.hospitals.values())]
+    assert all(math.isfinite(each.accuracy) and math.isfinite(each.balanced_accuracy) for each in results)
 
 
 @given(st.permutations(["a", "b", "c", "d"]), st.lists(st.integers(0, 20), min_size=16, max_size=16))
