@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from datavector.release.scores import best_single, cells, columns, listed_singles, model_name, notes
+
 MAX_BATCH = 32  # images of one shape that Triton puts together
 
 
@@ -132,22 +134,32 @@ def _evaluation(evaluation: Mapping[str, Any]) -> str:
     reason = _escape(evaluation["reason"])
     if not evaluation["validated"]:
         return f"{reason}. Evaluate it on your own images before any use."
-    models = [*evaluation["candidates"], *evaluation["singles"]]
     rows = [
-        f"| {_escape(each['name'])} | {each['balancedAccuracy']:.1%} | {each['accuracy']:.1%} |"
-        + "".join(f" {each['hospitals'][name]['balancedAccuracy']:.1%} |" for name in evaluation["hospitals"])
-        for each in models
+        f"| {_escape(model_name(each))}{' (chosen)' if each['name'] == evaluation['chosen'] else ''} "
+        f"| {each['balancedAccuracy']:.1%} | {each['accuracy']:.1%} |"
+        + "".join(f" {share:.1%} |" for share in cells(each, evaluation))
+        for each in [*evaluation["candidates"], *listed_singles(evaluation)]
     ]
-    hospitals = "".join(f" {_escape(name)} |" for name in evaluation["hospitals"])
-    worse = evaluation["worseThan"]
+    headings = columns(evaluation)
+    worse, single = evaluation["worseThan"], best_single(evaluation)
     warning = f"**Worse than the own model of {_escape(worse)}.** " if worse else ""
+    beside = (
+        ""
+        if single is None
+        else (f" The best single hospital: {_escape(model_name(single))}, {single['balancedAccuracy']:.1%}.")
+    )
     return "\n".join(
         [
-            f"{warning}{reason}. Hospitals evaluated every model on their own validation images:",
+            f"{warning}{reason}.{beside} Hospitals evaluated every model on their own validation images;",
+            "columns of hospitals are balanced accuracies there:",
             "",
-            f"| model | balanced accuracy | accuracy |{hospitals}",
-            f"|---|---|---|{'---|' * len(evaluation['hospitals'])}",
+            f"| model | balanced accuracy | accuracy |{''.join(f' {_escape(name)} |' for name in headings)}",
+            f"|---|---|---|{'---|' * len(headings)}",
             *rows,
+            "",
+            *(f"- {note}" for note in notes(evaluation)),
+            "",
+            "`report.html` shows the same with the confusion matrix and how sure the model is.",
         ]
     )
 

@@ -24,7 +24,8 @@ class Lineage:
         method: name of the merge method.
         parameters: of the method.
         calibration: how BatchNorm statistics were restored: mode, hospitals, images (how many), note.
-        evaluation: figures of an evaluation by the hospitals; empty where there was none.
+        evaluation: of the candidates by the hospitals, with the keys of a ModelVersion's evaluation, and where they
+            validated it `confusion` and `bins` of the chosen one (datavector.metrics); empty where there was none.
         weights_sha256: of the merged weights, before calibration.
         calibrated_sha256: of the weights that were exported.
         head: where the classification head comes from: kind, hospitals, images, note.
@@ -86,9 +87,19 @@ def model_metadata(description: Mapping[str, Any]) -> dict[str, str]:
         "inputs_hash": description["inputsHash"],
         "method": _json(description["method"]),
         "calibration": _json(description["calibration"]),
+        "evaluation": _json(_summary(description["evaluation"])),
         "weights_sha256": description["weights_sha256"],
         "calibrated_sha256": description["calibrated_sha256"],
     }
+
+
+def _summary(evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """What fits into the model file: whether hospitals validated it, what they chose, and how good it is."""
+    if not evaluation:
+        return {"validated": False}
+    scores = {score["name"]: score["balancedAccuracy"] for score in evaluation["candidates"]}
+    summary = {"validated": evaluation["validated"], "chosen": evaluation["chosen"]}
+    return summary | {"balancedAccuracy": scores[evaluation["chosen"]]} if evaluation["validated"] else summary
 
 
 def _json(value: Any) -> str:
