@@ -17,8 +17,9 @@ from datavector.errors import ReleaseError
 from datavector.release.checksums import compare_sums
 from datavector.release.lineage import FORMAT, model_metadata
 from datavector.release.probes import Parity, compare, load_probes
+from datavector.release.report import version_on
 from datavector.release.runtime import MODEL, onnx_logits, open_session
-from datavector.release.write import DESCRIPTION, LABELS, PROBES
+from datavector.release.write import DESCRIPTION, LABELS, PROBES, REPORT
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,15 @@ def _check_labels(path: Path) -> str:
     return f"{len(labels[LABELS])} labels, everywhere the same"
 
 
+def _check_report(path: Path) -> str:
+    if not (path / REPORT).is_file():
+        raise _Wrong(f"there is no {REPORT}")
+    found, wanted = version_on((path / REPORT).read_text(encoding="utf-8")), _description(path)["version"]
+    if found != wanted:
+        raise _Wrong(f"{REPORT} is of the version {found!r}, {DESCRIPTION} of {wanted!r}")
+    return f"{REPORT} is of this version"
+
+
 def _check_interface(path: Path) -> str:
     session = _session(path)
     found = {value.name: (value.type, value.shape) for value in (*session.get_inputs(), *session.get_outputs())}
@@ -170,6 +180,7 @@ _CHECKS: dict[str, Callable[[Path], str]] = {
     "opset": _check_opset,
     "metadata": _check_metadata,
     "labels": _check_labels,
+    "report": _check_report,
     "interface": _check_interface,
     "spread": _check_spread,
     "parity": _check_parity,

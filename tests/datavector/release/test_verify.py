@@ -28,6 +28,7 @@ def test_an_untouched_release_verifies(tiny_release: Path) -> None:
         "opset",
         "metadata",
         "labels",
+        "report",
         "interface",
         "spread",
         "parity",
@@ -119,6 +120,15 @@ def another_opset_in_json(release: Path) -> None:
     (release / "release.json").write_text(json.dumps(description), encoding="utf-8")
 
 
+def another_releases_report(release: Path) -> None:
+    text = (release / "report.html").read_text(encoding="utf-8")
+    (release / "report.html").write_text(text.replace("brain-0123456789", "brain-ffffffffff"), encoding="utf-8")
+
+
+def no_report(release: Path) -> None:
+    (release / "report.html").unlink()
+
+
 def no_json(release: Path) -> None:
     (release / "release.json").write_text("{")
 
@@ -171,6 +181,8 @@ def no_probes(release: Path) -> None:
         (another_label, "labels"),
         (another_hospitals_vector, "metadata"),
         (another_opset_in_json, "opset"),
+        (another_releases_report, "report"),
+        (no_report, "report"),
         (no_json, "metadata"),
         (other_weights, "parity"),
         (fixed_height, "interface"),
