@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from datavector.errors import MergeError, NotFinite, WrongLayout
 from datavector.layout import FLOAT, FloatArray
+from datavector.merge.exact import sorted_sum
 from datavector.model import BaseModel
 from datavector.vector import open_vector
 
@@ -68,8 +69,8 @@ def pool(moments: Sequence[Moments]) -> Moments:
     counts = np.array([each.count for each in moments], dtype=np.float64)[:, None]
     means = np.stack([each.mean for each in moments])
     variances = np.stack([each.variance for each in moments])
-    mean = _sum(counts * means) / total
-    variance = _sum(counts * (variances + np.square(means - mean))) / total
+    mean = sorted_sum(counts * means) / total
+    variance = sorted_sum(counts * (variances + np.square(means - mean))) / total
     return Moments(total, mean, variance)
 
 
@@ -109,11 +110,3 @@ def uploaded(base: BaseModel, vector: Path, sample_count: int) -> dict[str, Mome
             )
             for layer in base.batchnorm_layers
         }
-
-
-def _sum(rows: DoubleArray) -> DoubleArray:
-    """Sums over the first axis in ascending order of the values, so the order of the rows does not matter."""
-    total = np.zeros(rows.shape[1])
-    for row in np.sort(rows, axis=0):
-        total += row
-    return total

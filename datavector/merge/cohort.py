@@ -135,6 +135,14 @@ def distances(gram: DoubleArray) -> DoubleArray:
     return np.maximum(norms[:, None] + norms[None, :] - 2 * gram, 0.0)
 
 
+def cosines(gram: DoubleArray) -> DoubleArray:
+    """Cosines between all vectors, from their inner products; 0 with a vector that is zero."""
+    norms = np.sqrt(np.diag(gram))
+    products = norms[:, None] * norms[None, :]
+    shares: DoubleArray = np.divide(gram, products, out=np.zeros_like(gram), where=products > 0)
+    return shares
+
+
 def as_matrix(shape: Sequence[int]) -> tuple[int, int] | None:
     """Rows and columns of a weight as a matrix: outputs, and all inputs of each; None where that makes no sense.
 

@@ -36,7 +36,7 @@ def exact_sum(rows: Rows) -> DoubleArray:
     large = (np.abs(rows) > limit).any(axis=0)
     total = np.empty(rows.shape[1])
     total[~large] = _grid_sum(rows[:, ~large])
-    total[large] = _sorted_sum(rows[:, large])
+    total[large] = sorted_sum(rows[:, large])
     return total
 
 
@@ -65,7 +65,8 @@ def _grid_sum(rows: Rows) -> DoubleArray:
     return total
 
 
-def _sorted_sum(rows: Rows) -> DoubleArray:
+def sorted_sum(rows: Rows) -> DoubleArray:
+    """Sums over the first axis in ascending order of the values, so the order of the rows does not matter."""
     total = np.zeros(rows.shape[1])
     for row in np.sort(rows.astype(np.float64), axis=0):
         total += row

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from datavector.layout import FLOAT, FloatArray
-from datavector.merge.cohort import Block, Cohort, DoubleArray
+from datavector.merge.cohort import Block, Cohort, DoubleArray, cosines
 from datavector.merge.exact import exact_sum
 from datavector.merge.registry import Scale, method
 
@@ -21,10 +21,7 @@ def _ratio(gram: DoubleArray) -> float:
     hospitals = len(gram)
     if hospitals == 1:
         return 1.0
-    norms = np.sqrt(np.diag(gram))
-    products = norms[:, None] * norms[None, :]
-    cosines = np.divide(gram, products, out=np.zeros_like(gram), where=products > 0)
-    cosine = float(np.clip(cosines[np.triu_indices(hospitals, 1)], -1, 1).mean())
+    cosine = float(np.clip(cosines(gram)[np.triu_indices(hospitals, 1)], -1, 1).mean())
     below = 1 + (hospitals - 1) * cosine
     return hospitals * cosine / below if below > 0 else 0.0
 

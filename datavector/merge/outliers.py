@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from datavector.merge.cohort import cosines
 from datavector.merge.engine import MergeInput
 from datavector.model import BaseModel, is_statistic
 from datavector.vector import open_vector
@@ -62,7 +63,7 @@ def inspect_vectors(base: BaseModel, vectors: Sequence[MergeInput], gram: NDArra
     norms = np.sqrt(np.diag(gram))
     median = float(np.median(norms))
     spread = MAD * float(np.median(np.abs(norms - median)))
-    cosines = _mean_cosines(gram, norms)
+    means = _mean_cosines(gram)
     conflicts, zeros, unchanged = _values(base, vectors)
     inspections = []
     for index, norm in enumerate(norms):
@@ -70,17 +71,17 @@ def inspect_vectors(base: BaseModel, vectors: Sequence[MergeInput], gram: NDArra
             norm=float(norm),
             norm_ratio=float(norm / median) if median else 1.0,
             norm_deviation=float(abs(norm - median) / spread) if spread else 0.0 if norm == median else float("inf"),
-            cosine=float(cosines[index]),
+            cosine=float(means[index]),
             sign_conflict=float(conflicts[index]),
             zeros=float(zeros[index]),
             unchanged=int(unchanged[index]),
         )
-        reason = _reason(found, cosines, len(base.layout.tensors), len(vectors))
+        reason = _reason(found, means, len(base.layout.tensors), len(vectors))
         inspections.append(Inspection(**{**vars(found), "reason": reason}))
     return inspections
 
 
-def _reason(found: Inspection, cosines: NDArray[np.float64], tensors: int, hospitals: int) -> str:
+def _reason(found: Inspection, means: NDArray[np.float64], tensors: int, hospitals: int) -> str:
     if found.zeros == 1.0:
         return f"all of its {tensors} tensors are unchanged: nothing was learnt"
     if hospitals < FEWEST:
@@ -88,7 +89,7 @@ def _reason(found: Inspection, cosines: NDArray[np.float64], tensors: int, hospi
     large, small = found.norm_ratio > TIMES, found.norm_ratio < 1 / TIMES
     if (large or small) and found.norm_deviation > DEVIATIONS:
         return f"its norm is {found.norm_ratio:.3g} times the median of {hospitals} vectors"
-    usual = float(np.median(cosines))
+    usual = float(np.median(means))
     if hospitals >= FEWEST_DIRECTIONS and usual > 0 and found.cosine < LEAST_COSINE * usual:
         return (
             f"its mean cosine to the others is {found.cosine:.3f}, the median of {hospitals} vectors {usual:.3f}, and "
@@ -97,14 +98,13 @@ def _reason(found: Inspection, cosines: NDArray[np.float64], tensors: int, hospi
     return ""
 
 
-def _mean_cosines(gram: NDArray[np.float64], norms: NDArray[np.float64]) -> NDArray[np.float64]:
-    hospitals = len(norms)
+def _mean_cosines(gram: NDArray[np.float64]) -> NDArray[np.float64]:
+    hospitals = len(gram)
     if hospitals < 2:
         return np.full(hospitals, np.nan)
-    products = norms[:, None] * norms[None, :]
-    cosines = np.divide(gram, products, out=np.zeros_like(gram), where=products > 0)
-    np.fill_diagonal(cosines, 0)
-    means: NDArray[np.float64] = cosines.sum(axis=1) / (hospitals - 1)
+    shares = cosines(gram)
+    np.fill_diagonal(shares, 0)
+    means: NDArray[np.float64] = shares.sum(axis=1) / (hospitals - 1)
     return means
 
 
