@@ -1,35 +1,30 @@
 """How good merged models are: every merge method beside single hospitals, pooled training and federated averaging.
 
-    python -m bench.accuracy run --data DIR --output RESULTS     # DIR holds brain-mri's manifest.csv
-    python -m bench.accuracy table RESULTS
+    python -m bench.accuracy --data DIR --output RESULTS     # DIR holds brain-mri's manifest.csv
+    python -m bench.accuracy_tables RESULTS
 
-A cell is one way to divide images among hospitals, a number of hospitals and a seed. Each has a file in the folder of
-results, written after every stage; a cell that is finished is not run again. With a GPU, cells run beside each other.
+A cell is one way to divide images among hospitals, a number of hospitals and a seed. In its folder it keeps what each
+model says of the images (logits, and the features before its head), so that heads and choices can be tried later. What
+is there already is not computed again: a run that was cut goes on, and one with more bodies adds them.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
-from agent.features import class_moments
-from agent.recalibrate import choose_images, measure, own_alone, pooled_with
+from agent.recalibrate import choose_images, measure, pooled_with
 from agent.statistics import write_fisher, write_regmean
 from agent.train import (
     Augmented,
@@ -45,54 +40,45 @@ from datavector.data.images import ImageSet, load_images
 from datavector.data.lesions import Look
 from datavector.data.manifest import read_by_column
 from datavector.data.records import Record, assign_splits
+from datavector.demo.study import randomised, union
 from datavector.files import write_json
 from datavector.layout import write_tensors
 from datavector.merge import MergeInput, body_id, gram_matrix, merge_vectors
 from datavector.merge.batchnorm import Moments, pool_layers, restore
-from datavector.merge.head import FeatureMoments, Kind, missing_classes, pool_features, solve_head
-from datavector.metrics import accuracy, balanced_accuracy, confusion_matrix
-from datavector.model import is_statistic
-from datavector.networks import (
-    build,
-    create_base,
-    export_tensors,
-    head_tensors,
-    load_file,
-    load_weights,
-    preprocess,
-)
+from datavector.merge.restored import write_tuned
+from datavector.model import BaseModel
+from datavector.networks import build, create_base, export_tensors, head_tensors, load_file, preprocess
 from datavector.vector import open_vector, write_vector
 
 SIZE, VALIDATION, IMAGES = 128, 0.15, 480
-FLOOR = 5
 BODIES: tuple[tuple[str, dict[str, float]], ...] = (
     ("mean", {}),
     ("sum", {}),
     ("iso-c", {}),
-    ("iso-c", {"scale": 0.5}),
     ("ties", {"scale": 2}),
     ("sum", {"scale": 0.5}),
-    ("tsv", {}),
-    ("model-stock", {}),
+    ("iso-c", {"scale": 1.25}),
     ("fisher", {}),
     ("regmean", {}),
-    ("iso-c", {"scale": 1.25}),
-    ("weighted-mean", {}),
+    ("tsv", {}),
+    ("model-stock", {}),
     ("geometric-median", {}),
-    ("trimmed-mean", {"trim": 0.25}),
     ("median", {}),
+    ("trimmed-mean", {"trim": 0.25}),
     ("krum", {}),
     ("ties", {}),
     ("dare", {}),
 )
-HEADS: tuple[tuple[str, Kind, float], ...] = (
-    ("visit", "lda", 0.1),
-    ("visit", "lda", 1.0),
-    ("visit", "lda", 10.0),
-    ("visit", "ridge", 1.0),
-    ("restored", "lda", 1.0),
+ATTACKED: tuple[tuple[str, dict[str, float]], ...] = (
+    ("mean", {}),
+    ("iso-c", {"scale": 1.25}),
+    ("ties", {"scale": 2}),
+    ("sum", {}),
+    ("median", {}),
+    ("trimmed-mean", {"trim": 0.25}),
+    ("geometric-median", {}),
+    ("krum", {}),
 )
-USUAL = "visit lda 1"
 DIVISIONS = ("hospital_iid", "hospital_label_skew", "lesions_shift")
 FISHER_IMAGES = 32
 
@@ -107,117 +93,71 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.division}/{self.hospitals}/{self.seed}"
+        return f"{self.division}-{self.hospitals}-{self.seed}"
 
 
 @dataclass(frozen=True)
 class Setting:
     """What all cells share."""
 
-    data: str
+    data: Path
+    output: Path
     device: str
     epochs: int
     images: int
     bodies: int
+    controls: bool
     attacks: bool
-    test: int
-    output: str
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    run = commands.add_parser("run")
-    run.add_argument("--data", required=True, help="folder of manifest.csv with hospital columns")
-    run.add_argument("--output", type=Path, required=True)
-    run.add_argument("--cells", default="", help="only cells whose name contains this; several with commas")
-    run.add_argument("--workers", type=int, default=1)
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--epochs", type=int, default=16)
-    run.add_argument("--images", type=int, default=IMAGES, help="training images of all hospitals together")
-    run.add_argument("--bodies", type=int, default=len(BODIES), help="only the first ones")
-    run.add_argument("--no-attacks", action="store_true")
-    run.add_argument("--test", type=int, default=0, help="only so many test images; all where 0")
-    run.set_defaults(do=_run)
-    table = commands.add_parser("table")
-    table.add_argument("results", type=Path)
-    table.set_defaults(do=lambda arguments: _tables(arguments.results))
-    arguments = parser.parse_args()
-    arguments.do(arguments)
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    wanted = [part for part in arguments.cells.split(",") if part]
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    done = {each["cell"] for each in read_results(arguments.output) if each["finished"]}
-    cells = [
-        cell
-        for seed in range(3)
-        for hospitals in (4, 8)
-        for division in DIVISIONS
-        if (cell := Cell(division, hospitals, seed)).name not in done
-        and (not wanted or any(part in cell.name for part in wanted))
-    ]
-    setting = Setting(
-        arguments.data,
-        arguments.device,
-        arguments.epochs,
-        arguments.images,
-        arguments.bodies,
-        not arguments.no_attacks,
-        arguments.test,
-        str(arguments.output),
-    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of manifest.csv with hospital columns")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--cells", default="", help="only cells whose name contains this; several with commas")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--images", type=int, default=IMAGES, help="training images of all hospitals together")
+    parser.add_argument("--bodies", type=int, default=len(BODIES), help="only the first ones")
+    parser.add_argument("--controls", action="store_true", help="random vectors, and the pretrained backbone")
+    parser.add_argument("--attacks", action="store_true", help="one hospital sends something else")
+    arguments = vars(parser.parse_args())
+    wanted, workers = arguments.pop("cells").split(","), arguments.pop("workers")
+    setting = Setting(**arguments)
+    every = (Cell(division, many, seed) for many in (4, 8) for seed in range(3) for division in DIVISIONS)
+    cells = [cell for cell in every if any(part in cell.name for part in wanted)]
     started = time.monotonic()
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.workers, mp_context=context) as pool:
-        for finished in as_completed([pool.submit(study, cell, setting) for cell in cells]):
-            try:
-                result = finished.result()
-            except Exception as error:
-                print(f"a cell failed: {type(error).__name__}: {error}", flush=True)
-                continue
-            print(f"{time.monotonic() - started:6.0f} s  {result['cell']}  ({result['seconds']:.0f} s)", flush=True)
-
-
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """What was measured of each cell, finished or not."""
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running = {pool.submit(study, cell, setting): cell for cell in cells}
+        for finished in as_completed(running):
+            error = finished.exception()
+            outcome = f"failed: {type(error).__name__}: {error}" if error else "done"
+            print(f"{time.monotonic() - started:6.0f} s  {running[finished].name}  {outcome}", flush=True)
 
 
 # --- One cell -------------------------------------------------------------------------------------------------
 
 
-def study(cell: Cell, setting: Setting) -> dict[str, Any]:
-    """Trains everybody, merges in every way, measures all."""
+def study(cell: Cell, setting: Setting) -> None:
+    """Trains everybody, merges in every way, keeps what all the models say."""
     torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    memory = Path("/dev/shm")
-    folder = Path(tempfile.mkdtemp(prefix="dv-study-", dir=memory if memory.is_dir() else None))
-    try:
-        started = time.monotonic()
-        result: dict[str, Any] = {"cell": cell.name, "finished": False, "timing": {}}
-        Study(cell, setting, folder).run(result)
-        result |= {"finished": True, "seconds": time.monotonic() - started}
-        _save(setting, result)
-        return result
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _save(setting: Setting, result: Mapping[str, Any]) -> None:
-    write_json(Path(setting.output) / f"{result['cell'].replace('/', '-')}.json", result)
+    Study(cell, setting).run()
 
 
 class Study:
     """A cell at work."""
 
-    def __init__(self, cell: Cell, setting: Setting, folder: Path) -> None:
-        self.cell, self.setting, self.folder = cell, setting, folder
+    def __init__(self, cell: Cell, setting: Setting) -> None:
+        self.cell, self.setting, self.folder = cell, setting, setting.output / cell.name
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.device = torch.device(setting.device)
-        classes, hospitals, test = divide(cell, setting, folder)
-        self.base = create_base(
-            folder / "base", architecture="efficientnet_lite0", classes=classes, size=SIZE, seed=cell.seed
+        classes, hospitals, test = divide(cell, setting, self.folder)
+        path = self.folder / "base"
+        self.base = (
+            BaseModel.load(path)
+            if path.is_dir()
+            else create_base(path, architecture="efficientnet_lite0", classes=classes, size=SIZE, seed=cell.seed)
         )
         self.settings = TrainSettings(epochs=setting.epochs, seed=cell.seed, device=setting.device, workers=1)
         self.training, self.validation = {}, {}
@@ -225,60 +165,42 @@ class Study:
             split = assign_splits(records, validation=VALIDATION, seed=cell.seed)
             self.training[name] = self._load([each for each in split if each.split == "train"])
             self.validation[name] = self._load([each for each in split if each.split == "val"])
-        self.test = self._load(test[:: max(1, len(test) // setting.test)] if setting.test else test)
-        self.head = self.base.head
-        self._reused = build(self.base).to(self.device)
-        self.inputs: dict[str, MergeInput] = {}
+        self.test = self._load(test)
+        self._reused = self._build()
 
-    def run(self, results: dict[str, Any]) -> None:
-        """Fills in what was measured, stage by stage."""
-        clock = time.monotonic()
-
-        def lap(stage: str) -> None:
-            nonlocal clock
-            print(f"  {self.cell.name}: {stage}, {time.monotonic() - clock:.0f} s", flush=True)
-            results["timing"][stage] = round(time.monotonic() - clock, 1)
-            clock = time.monotonic()
-            _save(self.setting, results)
-
-        results["images"] = {name: len(each) for name, each in self.training.items()}
-        for name in self.training:
-            self.inputs[name] = self._train(name)
-        lap("training")
-        probabilities = []
-        results["singles"], results["judged"] = {}, {}
-        for name in self.inputs:
-            network = self._single(name)
-            logits, _ = self._forward(network, self.test)
-            probabilities.append(logits.softmax(1))
-            results["singles"][name] = self._score(logits)
-            results["judged"][f"hospital.{name}"] = self._judged(network)
-        results["ensemble"] = self._score(torch.stack(probabilities).mean(0))
-        lap("singles")
-        results["pooled"] = self._pooled()
-        lap("pooled")
-        results["fedavg"] = self._fedavg()
-        lap("fedavg")
-        inputs = list(self.inputs.values())
-        gram = gram_matrix(self.base, inputs)
-        results["gram"] = gram.tolist()
-        results["bodies"] = {}
+    def run(self) -> None:
+        """Stage by stage; each leaves its files, and is passed over where they are there."""
+        labels = {f"train.{name}": each.labels.numpy() for name, each in self.training.items()}
+        labels |= {f"validation.{name}": each.labels.numpy() for name, each in self.validation.items()}
+        np.savez(self.folder / "labels.npz", test=self.test.labels.numpy(), **labels)
+        inputs = {name: self._train(name) for name in self.training}
+        for name in inputs:
+            self._keep(f"hospital.{name}", partial(self._single, inputs[name]))
+        self._keep("pooled", self._pooled)
+        averaged = self.folder / "fedavg" / "weights"
+        if not averaged.is_file():
+            self._average_rounds(averaged)
+        self._keep("fedavg.averaged", partial(self._said, averaged))
+        self._keep("fedavg.visit", partial(self._visited, averaged))
+        vectors = list(inputs.values())
+        write_json(self.folder / "gram.json", gram_matrix(self.base, vectors).tolist())
         for method, parameters in BODIES[: self.setting.bodies]:
-            body = body_id(method, parameters)
-            merged = self._merge(inputs, method, parameters)
-            results["bodies"][body], judged = self._candidates(merged, more=body in ("sum", "iso-c"))
-            results["judged"] |= {f"{body}{suffix}": counts for suffix, counts in judged.items()}
-            lap(body)
-        for body in ("sum", "iso-c"):
-            if body in results["bodies"]:
-                merged = self._merge(inputs, body, {})
-                results["bodies"][body]["second visit"] = self._visited(merged, rounds=2)
-                results["bodies"][body]["meeting"] = self._met(merged)
-        results["controls"] = self._controls()
-        lap("controls")
-        if self.setting.attacks and self.cell.seed == 0 and self.cell.division != "lesions_shift":
-            results["attacks"] = self._attacks()
-            lap("attacks")
+            self._keep(body_id(method, parameters), partial(self._merged, vectors, method, parameters))
+        if self.setting.controls:
+            self._controls(vectors)
+        if self.setting.attacks:
+            self._attacks(inputs)
+
+    def _keep(self, name: str, work: Callable[[], Mapping[str, torch.Tensor]]) -> None:
+        path = self.folder / "said" / f"{name}.npz"
+        if path.is_file():
+            return
+        path.parent.mkdir(exist_ok=True)
+        started = time.monotonic()
+        part = path.with_suffix(".part.npz")
+        np.savez(part, **{key: values.numpy() for key, values in work().items()})
+        part.rename(path)
+        print(f"  {self.cell.name}: {name}, {time.monotonic() - started:.0f} s", flush=True)
 
     # --- Learning
 
@@ -287,43 +209,40 @@ class Study:
 
     def _train(self, name: str, *, rotate: int = 0) -> MergeInput:
         """A hospital's vector with its statistics; its labels moved on by `rotate` classes."""
-        images, folder = self.training[name], self.folder / f"{name}-{rotate}"
-        validation = self.validation[name]
-        if rotate:
-            images = replace(images, labels=(images.labels + rotate) % len(self.base.classes))
-            validation = replace(validation, labels=(validation.labels + rotate) % len(self.base.classes))
-        result = train(self.base, images, validation, self.settings, folder)
-        digest = write_vector(folder / "vector", self.base, result.tensors(self.base))
-        network = build(self.base)
-        load_file(network, result.weights, self.base.layout)
-        if not rotate:
-            write_fisher(folder / "fisher", network, self.base, self._few(images), device=self.device)
-            write_regmean(folder / "regmean", network, self.base, images, device=self.device)
-        return MergeInput(folder / "vector", f"sha256:{digest}", len(images), folder / "fisher", folder / "regmean")
+        folder = self.folder / (f"{name}-{rotate}" if rotate else name)
+        vector, fisher, regmean = (folder / each for each in ("vector", "fisher", "regmean"))
+        training, validation = (
+            replace(each[name], labels=(each[name].labels + rotate) % len(self.base.classes))
+            for each in (self.training, self.validation)
+        )
+        if not regmean.is_file():
+            result = train(self.base, training, validation, self.settings, folder)
+            write_vector(vector, self.base, result.tensors(self.base))
+            network = self._build(result.weights)
+            write_fisher(fisher, network, self.base, self._few(training), device=self.device)
+            write_regmean(regmean, network, self.base, training, device=self.device)
+            print(f"  {self.cell.name}: trained {name}", flush=True)
+        number = sorted(self.training).index(name) + 100 * rotate
+        return MergeInput(vector, f"sha256:{number:064x}", len(training), fisher, regmean)
 
     def _few(self, images: ImageSet) -> ImageSet:
         chosen = choose_images(len(images), FISHER_IMAGES, self.cell.seed)
         records = tuple(images.records[index] for index in chosen.tolist())
         return replace(images, images=images.images[chosen], labels=images.labels[chosen], records=records)
 
-    def _single(self, name: str) -> nn.Module:
-        with self.base.open() as pretrained, open_vector(self.inputs[name].path, self.base) as vector:
-            names = [spec.name for spec in self.base.layout.tensors]
-            tensors = {each: pretrained.read(each) + vector.read(each) for each in names}
-        network = build(self.base)
-        load_weights(network, tensors)
-        return network
+    def _single(self, vector: MergeInput) -> dict[str, torch.Tensor]:
+        tuned = self.folder / "tuned"
+        write_tuned(tuned, self.base, vector.path)
+        return self._said(tuned, features=False)
 
-    def _pooled(self) -> list[float]:
+    def _pooled(self) -> dict[str, torch.Tensor]:
         everybody, validation = union(self.training.values()), union(self.validation.values())
         result = train(self.base, everybody, validation, self.settings, self.folder / "pooled")
-        network = build(self.base)
-        load_file(network, result.weights, self.base.layout)
-        return self._score(self._forward(network, self.test)[0])
+        return self._said(result.weights, features=False)
 
-    def _fedavg(self) -> dict[str, list[float]]:
+    def _average_rounds(self, output: Path) -> None:
         """Federated averaging (arXiv 1602.05629) of the same epochs, one a round, everybody there in each."""
-        network = build(self.base).to(self.device)
+        network = self._build().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         weights = {name: tensor.clone() for name, tensor in network.state_dict().items()}
         images = {name: len(each) for name, each in self.training.items()}
         for epoch in range(self.settings.epochs):
@@ -335,21 +254,17 @@ class Study:
                     total[key] += tensor.double() * (images[name] / sum(images.values()))
             weights = {key: total[key].to(tensor.dtype) for key, tensor in weights.items()}
         network.load_state_dict(weights)
-        plain = self._score(self._forward(network, self.test)[0])
-        merged = self.folder / "fedavg"
         tensors = export_tensors(network)
-        write_tensors(merged, self.base.layout, (tensors[spec.name] for spec in self.base.layout.tensors))
-        return {"averaged statistics": plain, "visit": self._visited(merged, rounds=1)}
+        output.parent.mkdir(exist_ok=True)
+        write_tensors(output, self.base.layout, (tensors[spec.name] for spec in self.base.layout.tensors))
 
     def _epoch(self, network: nn.Module, data: ImageSet, epoch: int) -> None:
         settings, device = self.settings, self.device
         network.train()
         optimizer = torch.optim.AdamW(_parameter_groups(network, settings.weight_decay), lr=settings.learning_rate)
         prior = class_log_prior(data.labels, len(self.base.classes)).to(device)
-        samples, batches = (
-            Augmented(data.images, data.labels, settings.seed, epoch),
-            epoch_batches(len(data), settings, epoch),
-        )
+        samples = Augmented(data.images, data.labels, settings.seed, epoch)
+        batches = epoch_batches(len(data), settings, epoch)
         for step, batch in enumerate(batches):
             rate = learning_rate(epoch * len(batches) + step, settings.epochs * len(batches), settings.learning_rate)
             for group in optimizer.param_groups:
@@ -362,193 +277,111 @@ class Study:
             loss.backward()
             optimizer.step()
 
-    # --- Merging and restoring
+    # --- Merging, restoring, asking
 
-    def _merge(self, inputs: Sequence[MergeInput], method: str, parameters: Mapping[str, float]) -> Path:
+    def _merged(
+        self, inputs: Sequence[MergeInput], method: str, parameters: Mapping[str, float]
+    ) -> dict[str, torch.Tensor]:
         output = self.folder / "merged"
         merge_vectors(self.base, inputs, method, parameters, output)
-        return output
+        return self._visited(output)
 
-    def _visits(self, merged: Path, rounds: int = 1) -> tuple[dict[str, Moments], FeatureMoments]:
-        """Everybody's visit, one after the other, as the product does it."""
+    def _visited(self, merged: Path) -> dict[str, torch.Tensor]:
+        """Everybody's visit, one after the other, as the product does it; then what the restored model says."""
         left: dict[str, dict[str, Moments]] = {}
-        features: dict[str, FeatureMoments] = {}
-        for _ in range(rounds):
-            for name, images in self.training.items():
-                others = pool_layers([moments for other, moments in left.items() if other != name])
-                visit = measure(
-                    self._network(merged), self.base, images.images, partial(pooled_with, others),
-                    head=self.head, device=self.device,
-                )  # fmt: skip
-                left[name] = visit.moments
-                features[name] = self._moments(visit.features, images)
-        return pool_layers(list(left.values())), pool_features(list(features.values()))
-
-    def _moments(self, features: torch.Tensor | None, images: ImageSet) -> FeatureMoments:
-        assert features is not None
-        return class_moments(features, images.labels, len(self.base.classes), floor=FLOOR)
-
-    def _restored(self, merged: Path, moments: Mapping[str, Moments]) -> nn.Module:
+        said: dict[str, torch.Tensor] = {}
+        for name, images in self.training.items():
+            others = pool_layers([moments for other, moments in left.items() if other != name])
+            visit = measure(
+                self._network(merged), self.base, images.images, partial(pooled_with, others),
+                head=self.base.head, device=self.device,
+            )  # fmt: skip
+            left[name] = visit.moments
+            assert visit.features is not None
+            said[f"features.train.{name}"] = visit.features.float()
         network = self._network(merged)
-        tensors = {name: torch.from_numpy(values) for name, values in restore(moments).items()}
-        network.load_state_dict(tensors, strict=False)
+        statistics = restore(pool_layers(list(left.values())))
+        network.load_state_dict({name: torch.from_numpy(each) for name, each in statistics.items()}, strict=False)
+        return said | self._answers(network, features=True)
+
+    def _said(self, weights: Path, *, features: bool = False) -> dict[str, torch.Tensor]:
+        return self._answers(self._network(weights), features=features)
+
+    def _answers(self, network: nn.Module, *, features: bool) -> dict[str, torch.Tensor]:
+        """Logits, and features where they are wanted, on the test images and everybody's validation images."""
+        asked = {"test": self.test, **{f"validation.{name}": each for name, each in self.validation.items()}}
+        said: dict[str, torch.Tensor] = {}
+        for where, images in asked.items():
+            logits, before = self._forward(network, images)
+            said |= {f"logits.{where}": logits} | ({f"features.{where}": before} if features else {})
+        return said
+
+    @torch.no_grad()
+    def _forward(self, network: nn.Module, images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits and features of all images, on the CPU."""
+        kept: list[torch.Tensor] = []
+        assert self.base.head
+        handle = network.get_submodule(self.base.head).register_forward_pre_hook(
+            lambda _, arguments: kept.append(arguments[0].float().cpu())
+        )
+        network.eval()
+        logits = [
+            network(preprocess(batch.to(self.device), self.base.input)).float().cpu()
+            for batch in torch.split(images.images, 64)
+        ]
+        handle.remove()
+        return torch.cat(logits), torch.cat(kept)
+
+    def _build(self, weights: Path | None = None) -> nn.Module:
+        network = build(self.base).to(self.device)
+        load_file(network, weights or self.base.path / "base.safetensors", self.base.layout)
         return network
-
-    def _visited(self, merged: Path, rounds: int) -> list[float]:
-        moments, _ = self._visits(merged, rounds)
-        return self._score(self._forward(self._restored(merged, moments), self.test)[0])
-
-    def _met(self, merged: Path) -> list[float]:
-        everybody = union(self.training.values())
-        met = measure(self._network(merged), self.base, everybody.images, own_alone, device=self.device)
-        return self._score(self._forward(self._restored(merged, met.moments), self.test)[0])
-
-    def _candidates(
-        self, merged: Path, *, quick: bool = False, more: bool = False
-    ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-        """Scores on the test images with the merged head and with closed-form ones; and the hospitals' counts."""
-        moments, first = self._visits(merged)
-        network = self._restored(merged, moments)
-        logits, features = self._forward(network, self.test)
-        scores: dict[str, Any] = {"merged": self._score(logits)}
-        held = {name: self._forward(network, images) for name, images in self.validation.items()}
-        judged = {"": {name: self._confusion(each[0], self.validation[name]) for name, each in held.items()}}
-        pooled = {"visit": first}
-        if more:
-            restored = [self._moments(self._forward(network, each)[1], each) for each in self.training.values()]
-            pooled["restored"] = pool_features(restored)
-        for when, kind, strength in HEADS:
-            key = f"{when} {kind} {strength:g}"
-            if when not in pooled or missing_classes(pooled[when]) or (quick and key != USUAL):
-                continue
-            weight, bias = map(torch.from_numpy, solve_head(pooled[when], strength=strength, kind=kind))
-            scores[key] = self._score(features @ weight.T + bias)
-            judged[f".head {key}"] = {
-                name: self._confusion(each[1] @ weight.T + bias, self.validation[name]) for name, each in held.items()
-            }
-        return scores, judged
-
-    def _controls(self) -> dict[str, Any]:
-        """What no learning explains: random vectors of the same norms, and the pretrained backbone."""
-        controls: dict[str, Any] = {}
-        for name, kept in (("random", frozenset[str]()), ("random body", head_tensors(self.base))):
-            inputs = [self._random(each, kept, index) for index, each in enumerate(self.inputs.values())]
-            scores, _ = self._candidates(self._merge(inputs, "sum", {}))
-            controls[name] = scores
-        controls["pretrained"], _ = self._candidates(self.base.path / "base.safetensors")
-        return controls
-
-    def _random(self, true: MergeInput, kept: frozenset[str], number: int) -> MergeInput:
-        path = self.folder / f"random-{number}"
-        generator = np.random.default_rng([self.cell.seed, number])
-
-        def tensors() -> Iterator[Any]:
-            with open_vector(true.path, self.base) as vector:
-                for spec in self.base.layout.tensors:
-                    values = vector.read(spec.name)
-                    noise = generator.standard_normal(spec.shape).astype(np.float32)
-                    if spec.name not in kept and not is_statistic(spec.name):
-                        values = noise * np.float32(np.linalg.norm(values) / max(float(np.linalg.norm(noise)), 1e-30))
-                    yield values
-
-        write_tensors(path, self.base.vector_layout, tensors())
-        return MergeInput(path, f"sha256:{number:064x}", true.samples)
-
-    # --- Attacks
-
-    def _attacks(self) -> dict[str, Any]:
-        """One hospital, the first, sends something else."""
-        (name, honest), *others = self.inputs.items()
-        sent = {
-            "random": self._random(honest, frozenset(), 1000),
-            "sign-flipped": self._scaled(honest, -1.0),
-            "100 x": self._scaled(honest, 100.0),
-            "labels rotated": self._train(name, rotate=1),
-        }
-        found: dict[str, Any] = {}
-        for attack, vector in sent.items():
-            inputs = [vector, *(each for _, each in others)]
-            gram = gram_matrix(self.base, inputs)
-            found[attack] = {"gram": gram.tolist()}
-            for method, parameters in ATTACKED:
-                scores, _ = self._candidates(self._merge(inputs, method, parameters), quick=True)
-                best = scores.get(USUAL, scores["merged"])
-                found[attack][body_id(method, parameters)] = [scores["merged"], best]
-        inputs = [each for _, each in others]
-        found["without it"] = {}
-        for method, parameters in ATTACKED:
-            scores, _ = self._candidates(self._merge(inputs, method, parameters), quick=True)
-            found["without it"][body_id(method, parameters)] = [
-                scores["merged"],
-                scores.get(USUAL, scores["merged"]),
-            ]
-        return found
-
-    def _scaled(self, true: MergeInput, factor: float) -> MergeInput:
-        path = self.folder / f"scaled{factor:g}"
-        with open_vector(true.path, self.base) as vector:
-            names = [spec.name for spec in self.base.layout.tensors]
-            write_tensors(path, self.base.vector_layout, (vector.read(each) * np.float32(factor) for each in names))
-        return MergeInput(path, f"sha256:{abs(int(factor)):064x}", true.samples)
-
-    # --- Measuring
 
     def _network(self, weights: Path) -> nn.Module:
         """The one network that is used again and again."""
         load_file(self._reused, weights, self.base.layout)
         return self._reused
 
-    @torch.no_grad()
-    def _forward(self, network: nn.Module, images: ImageSet) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits and features of all images, on the CPU."""
-        kept: list[torch.Tensor] = []
-        assert self.head
-        handle = network.get_submodule(self.head).register_forward_pre_hook(
-            lambda _, arguments: kept.append(arguments[0].float().cpu())
-        )
-        network = network.to(self.device).eval()
-        logits = [
-            network(preprocess(batch.to(self.device), self.base.input)).float().cpu()
-            for batch in torch.split(images.images, 128)
-        ]
-        handle.remove()
-        return torch.cat(logits), torch.cat(kept)
+    # --- What no learning explains, and what no hospital should send
 
-    def _score(self, logits: torch.Tensor) -> list[float]:
-        confusion = confusion_matrix(self.test.labels.numpy(), logits.argmax(1).numpy(), len(self.base.classes))
-        return [round(accuracy(confusion), 5), round(balanced_accuracy(confusion), 5)]
+    def _controls(self, inputs: Sequence[MergeInput]) -> None:
+        for name, kept in (("random", frozenset[str]()), ("random-body", head_tensors(self.base))):
+            drawn = [self._random(each, kept, index) for index, each in enumerate(inputs)]
+            self._keep(name, partial(self._merged, drawn, "sum", {}))
+        self._keep("pretrained", partial(self._visited, self.base.path / "base.safetensors"))
 
-    def _confusion(self, logits: torch.Tensor, images: ImageSet) -> list[list[int]]:
-        found = confusion_matrix(images.labels.numpy(), logits.argmax(1).numpy(), len(self.base.classes))
-        return [[int(count) for count in row] for row in found]
+    def _random(self, true: MergeInput, kept: frozenset[str], number: int) -> MergeInput:
+        path = self.folder / f"random-{number}"
+        generator = np.random.default_rng([self.cell.seed, number])
+        with open_vector(true.path, self.base) as vector:
+            write_tensors(path, self.base.vector_layout, randomised(vector, kept, generator))
+        return replace(true, path=path)
 
-    def _judged(self, network: nn.Module) -> dict[str, Any]:
-        return {
-            name: self._confusion(self._forward(network, images)[0], images) for name, images in self.validation.items()
+    def _attacks(self, inputs: Mapping[str, MergeInput]) -> None:
+        """One hospital, the first, sends something else."""
+        (name, honest), *rest = inputs.items()
+        others = [each for _, each in rest]
+        sent: dict[str, list[MergeInput]] = {
+            "none": [],
+            "honest": [honest],
+            "random": [self._random(honest, frozenset(), 1000)],
+            "sign-flipped": [self._scaled(honest, -1.0)],
+            "100-times": [self._scaled(honest, 100.0)],
+            "labels-rotated": [self._train(name, rotate=1)],
         }
+        for attack, vectors in sent.items():
+            write_json(self.folder / f"gram.{attack}.json", gram_matrix(self.base, [*vectors, *others]).tolist())
+        for method, parameters in ATTACKED:
+            for attack, vectors in sent.items():
+                work = partial(self._merged, [*vectors, *others], method, parameters)
+                self._keep(f"attack.{attack}.{body_id(method, parameters)}", work)
 
-
-ATTACKED: tuple[tuple[str, dict[str, float]], ...] = (
-    ("mean", {}),
-    ("sum", {}),
-    ("ties", {"scale": 2}),
-    ("iso-c", {}),
-    ("trimmed-mean", {"trim": 0.25}),
-    ("median", {}),
-    ("geometric-median", {}),
-    ("krum", {}),
-    ("model-stock", {}),
-)
-
-
-def union(sets: Any) -> ImageSet:
-    every = list(sets)
-    return ImageSet(
-        images=torch.cat([each.images for each in every]),
-        labels=torch.cat([each.labels for each in every]),
-        records=tuple(record for each in every for record in each.records),
-        corrupt=(),
-    )
+    def _scaled(self, true: MergeInput, factor: float) -> MergeInput:
+        path = self.folder / f"scaled{factor:g}"
+        with open_vector(true.path, self.base) as vector:
+            names = [spec.name for spec in self.base.layout.tensors]
+            write_tensors(path, self.base.vector_layout, (vector.read(each) * np.float32(factor) for each in names))
+        return replace(true, path=path)
 
 
 # --- Who holds what -------------------------------------------------------------------------------------------
@@ -564,7 +397,7 @@ def divide(cell: Cell, setting: Setting, folder: Path) -> tuple[tuple[str, ...],
         )
         column = "hospital"
     else:
-        manifest, column = Path(setting.data) / "manifest.csv", cell.division
+        manifest, column = setting.data / "manifest.csv", cell.division
     found = read_by_column(manifest, column)
     everything = [record for records in found.values() for record in records]
     hospitals = {name: [each for each in records if each.split == "train"] for name, records in found.items() if name}
@@ -615,13 +448,6 @@ def wide_look(seed: int, hospital: int) -> Look:
         zoom=twice(look.zoom, 0.51, 0.25),
         noise=twice(look.noise, 0.0175, 0.002),
     )
-
-
-# --- Tables ---------------------------------------------------------------------------------------------------
-
-
-def _tables(path: Path) -> None:
-    print(len(read_results(path)), "cells")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,10 @@ from datavector.demo.report import Score
 from datavector.layout import FloatArray, TensorFile, write_tensors
 from datavector.merge import merge_vectors
 from datavector.merge.batchnorm import Moments, pool_layers, restore, uploaded
-from datavector.merge.restored import write_restored
+from datavector.merge.restored import write_restored, write_tuned
 from datavector.metrics import accuracy, balanced_accuracy
 from datavector.model import BaseModel, is_statistic
-from datavector.networks import build, head_tensors, load_file, load_weights, preprocess
+from datavector.networks import build, head_tensors, load_file, preprocess
 from datavector.vector import open_vector
 
 MAX_IMAGES = 1024
@@ -54,20 +54,15 @@ class Study:
 
     def single(self, hospital: str) -> Score:
         """A hospital's own model: pretrained + its vector, statistics included."""
-        with self.base.open() as pretrained, open_vector(self.vectors[hospital], self.base) as vector:
-            names = [spec.name for spec in self.base.layout.tensors]
-            tensors = {name: pretrained.read(name) + vector.read(name) for name in names}
-        network = build(self.base)
-        load_weights(network, tensors)
-        return self._score(network)
+        tuned = self.folder / "tuned.safetensors"
+        write_tuned(tuned, self.base, self.vectors[hospital])
+        return self._score(self._network(tuned))
 
     def pooled(self, settings: TrainSettings) -> Score:
         """Training on everybody's images at once: what sharing images would give."""
-        training, validation = _union(self.training.values()), _union(self.validation.values())
+        training, validation = union(self.training.values()), union(self.validation.values())
         result = train(self.base, training, validation, settings, self.folder / "pooled")
-        network = build(self.base)
-        load_file(network, result.weights, self.base.layout)
-        return self._score(network)
+        return self._score(self._network(result.weights))
 
     def random(self, *, keep_head: bool, seed: int) -> Score:
         """Random vectors, each tensor of its true norm, merged and restored like the true ones.
@@ -82,7 +77,7 @@ class Study:
             files.append(self.folder / f"random-{number}-{keep_head}.safetensors")
             with open_vector(path, self.base) as vector:
                 generator = np.random.default_rng([seed, number])
-                write_tensors(files[-1], self.base.vector_layout, _randomised(vector, kept, generator))
+                write_tensors(files[-1], self.base.vector_layout, randomised(vector, kept, generator))
         merged = self._merge(files, f"random-{keep_head}")
         return self._visited(merged)
 
@@ -112,7 +107,7 @@ class Study:
     def _met(self, merged: Path) -> Score:
         """A meeting equals one pass over everybody's images together."""
         network = self._network(merged)
-        everybody = _union(self.training.values())
+        everybody = union(self.training.values())
         moments, _ = forward_with_moments(network, preprocess(everybody.images, self.base.input), own_alone)
         return self._restored(merged, moments)
 
@@ -143,7 +138,7 @@ class Study:
         return Score(accuracy(confusion), balanced_accuracy(confusion))
 
 
-def _randomised(vector: TensorFile, kept: frozenset[str], generator: np.random.Generator) -> Iterator[FloatArray]:
+def randomised(vector: TensorFile, kept: frozenset[str], generator: np.random.Generator) -> Iterator[FloatArray]:
     """A vector's tensors, replaced by random ones of the same norm but for statistics and those that are kept."""
     for spec in vector.layout.tensors:
         values = vector.read(spec.name)
@@ -154,7 +149,8 @@ def _randomised(vector: TensorFile, kept: frozenset[str], generator: np.random.G
         yield noise * np.float32(np.linalg.norm(values) / max(float(np.linalg.norm(noise)), 1e-30))
 
 
-def _union(sets: Collection[ImageSet]) -> ImageSet:
+def union(sets: Collection[ImageSet]) -> ImageSet:
+    """Several sets' images as one set, in their order."""
     return ImageSet(
         images=torch.cat([each.images for each in sets]),
         labels=torch.cat([each.labels for each in sets]),
