@@ -47,7 +47,7 @@ class OpenEvaluations:
     def offers(self, hospital: str) -> Iterator[OpenEvaluation]:
         """What waits for a hospital: each version once."""
         for evaluation in self._open():
-            if hospital in evaluation.hospitals and hospital not in self._store.evaluations(evaluation.version):
+            if hospital in evaluation.hospitals and hospital not in self._store.evaluators(evaluation.version):
                 yield evaluation
 
     def find(self, hospital: str, task_id: str) -> OpenEvaluation:
@@ -69,7 +69,7 @@ class OpenEvaluations:
         Raises:
             ProtocolError: a model is missing, or the models were evaluated on different images, or on none.
         """
-        found = self._store.evaluations(evaluation.version)
+        found = self._store.evaluators(evaluation.version)
         if hospital not in found:
             images = {each.images for each in counts.values()}
             if set(counts) != set(evaluation.models) or len(images) != 1 or images == {0}:

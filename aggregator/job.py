@@ -17,14 +17,16 @@ import os
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from aggregator.reconcile import EXIT_PASSING, preferred
-from aggregator.resources import AUTO, FALLBACK, CalibrationMode, HeadMode, ModelVersion, VersionInput, utc_now
+from aggregator.reconcile import EXIT_PASSING
+from aggregator.resources import CalibrationMode, HeadMode, ModelVersion, VersionInput, utc_now
 from aggregator.store import Store, Visit
 from datavector.choice import HEAD, SINGLE, total
 from datavector.errors import DataVectorError, DiskFull, WrongDigest
@@ -33,6 +35,7 @@ from datavector.layout import FloatArray
 from datavector.merge import MergeInput, Share, gram_matrix, merge_vectors
 from datavector.merge.batchnorm import Moments, pool_layers, uploaded
 from datavector.merge.batchnorm import restore as restored_statistics
+from datavector.merge.cohort import cosines
 from datavector.merge.head import missing_classes, pool_features, solve_head
 from datavector.merge.outliers import inspect_vectors
 from datavector.merge.restored import write_restored, write_tuned
@@ -86,16 +89,18 @@ def run_stage(store: Store, name: str, stage: str, share: Share | None = None) -
     version = ModelVersion.parse(store.read_version(name))
     base = store.base(version.spec.base_model_ref)
     with disk_full_at(store.root):
-        if stage == "merge":
-            report = merge(store, version, base, share)
-        else:
-            report = {"restore": restore, "release": release}[stage](store, version, base)
+        stages: dict[str, Callable[[Store, ModelVersion, BaseModel], dict[str, Any]]] = {
+            "merge": partial(merge, share=share),
+            "restore": restore,
+            "release": release,
+        }
+        report = stages[stage](store, version, base)
     if report:
         store.write_report(name, stage, report)
     return report
 
 
-def merge(store: Store, version: ModelVersion, base: BaseModel, share: Share | None) -> dict[str, Any]:
+def merge(store: Store, version: ModelVersion, base: BaseModel, share: Share | None = None) -> dict[str, Any]:
     """theta_pre + the merged vectors, with the pretrained BatchNorm statistics, in every way that is to be tried.
 
     Returns:
@@ -132,7 +137,7 @@ def merge(store: Store, version: ModelVersion, base: BaseModel, share: Share | N
 
 def restore(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, Any]:
     """Every model that hospitals shall evaluate: the candidates, and the hospitals' own."""
-    calibration, visits = calibrate(store, version, base)
+    _, visits = calibrate(store, version, base)
     names = []
     for body in version.bodies:
         for name, replaced in candidates_of(store, version, base, body, visits).items():
@@ -142,7 +147,7 @@ def restore(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, A
         for entry in version.spec.inputs:
             output = store.restored(version.name, f"{SINGLE}{entry.hospital}")
             write_tuned(output, base, store.blob(entry.hospital, entry.digest))
-    return {"candidates": names, "calibration": calibration}
+    return {"candidates": names}
 
 
 def release(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, Any]:
@@ -152,16 +157,16 @@ def release(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, A
 
     status, spec = version.status, version.spec
     calibration, visits = calibrate(store, version, base)
-    body = status.evaluation.chosen.removesuffix(HEAD) if status.evaluation else _unevaluated(version)
+    body = status.evaluation.chosen.removesuffix(HEAD) if status.evaluation else next(iter(version.bodies))
     candidates = candidates_of(store, version, base, body, visits)
-    chosen = status.evaluation.chosen if status.evaluation else preferred(list(candidates))
+    chosen = status.evaluation.chosen if status.evaluation else next(iter(candidates))
     head = _head_report(version, base, chosen, visits)
     calibrated = store.version(version.name) / "calibrated.safetensors"
     write_restored(calibrated, base, store.merged(version.name, body), candidates[chosen])
     network = build(base)
     load_file(network, calibrated, base.layout)
     merged = store.report(version.name, "merge") or {}
-    candidate, weights = version.bodies[body], sha256_file(store.merged(version.name, body))
+    candidate, weights = version.bodies[body], merged["weights"][body]
     lineage = Lineage(
         version=version.name,
         created=utc_now().isoformat(timespec="seconds"),
@@ -197,29 +202,27 @@ def _cohort(version: ModelVersion, gram: NDArray[np.float64]) -> dict[str, Any]:
     order = sorted(range(len(hospitals)), key=hospitals.__getitem__)
     ordered = gram[np.ix_(order, order)]
     norms = np.sqrt(np.diag(ordered))
-    cosines = ordered / np.maximum(norms[:, None] * norms[None, :], np.finfo(np.float64).tiny)
     return {
         "hospitals": [hospitals[index] for index in order],
         "norms": [float(f"{norm:.6g}") for norm in norms],
-        "cosine": [[round(float(value), 4) for value in row] for row in cosines],
+        "cosine": [[round(float(value), 4) for value in row] for row in cosines(ordered)],
     }
 
 
 def candidates_of(
     store: Store, version: ModelVersion, base: BaseModel, body: str, visits: list[Visit]
 ) -> dict[str, dict[str, FloatArray]]:
-    """The candidates of one merge: by name the tensors that take the places of merged ones.
+    """The candidates of one merge, the preferred first: by name the tensors that take the places of merged ones.
 
     Args:
         visits: those that count, as `calibrate` gives them.
     """
     statistics = restored_statistics(moments_of(store, version, base, body, visits))
-    found = {body: statistics}
-    if (solved := _solved_head(version, base, body, visits)) is not None:
-        found[f"{body}{HEAD}"] = statistics | solved
-        if version.spec.head.mode is HeadMode.CLOSED_FORM:
-            del found[body]
-    return found
+    solved = _solved_head(version, base, body, visits)
+    if solved is None:
+        return {body: statistics}
+    found = {f"{body}{HEAD}": statistics | solved}
+    return found if version.spec.head.mode is HeadMode.CLOSED_FORM else found | {body: statistics}
 
 
 def calibrate(store: Store, version: ModelVersion, base: BaseModel) -> tuple[dict[str, Any], list[Visit]]:
@@ -273,17 +276,12 @@ def _solved_head(
     return {f"{base.head}.weight": weight, f"{base.head}.bias": bias}
 
 
-def _unevaluated(version: ModelVersion) -> str:
-    """The merge that is taken where nobody evaluates."""
-    return FALLBACK if version.spec.method.name == AUTO else next(iter(version.bodies))
-
-
 def _head_report(version: ModelVersion, base: BaseModel, chosen: str, visits: list[Visit]) -> dict[str, Any]:
     given = [visit for visit in visits if visit.features]
     if chosen.endswith(HEAD):
-        pooled = pool_features([visit.features[chosen.removesuffix(HEAD)] for visit in given])
         hospitals = [visit.hospital for visit in given]
-        return {"kind": "closed-form", "hospitals": hospitals, "images": int(pooled.counts.sum()), "note": ""}
+        images = sum(int(visit.features[chosen.removesuffix(HEAD)].counts.sum()) for visit in given)
+        return {"kind": "closed-form", "hospitals": hospitals, "images": images, "note": ""}
     if version.spec.head.mode is HeadMode.MERGED:
         note = "as the policy says"
     elif version.status.evaluation:

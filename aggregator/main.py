@@ -24,7 +24,6 @@ from aggregator.store import Store
 from datavector.console import say
 from datavector.errors import UsageError
 from datavector.files import remove_leftovers
-from datavector.merge import choose
 from datavector.monitoring import serve_metrics
 
 STOP_SECONDS = 5.0
@@ -43,8 +42,7 @@ def run(settings: AggregatorSettings) -> None:
     logging.getLogger("aggregator").setLevel(logging.INFO)
     policies = load_policies(settings.policy)
     for policy in policies:
-        for candidate in policy.spec.method.bodies.values():
-            choose(candidate.name, candidate.parameters)
+        policy.spec.method.check()
     store = Store(settings.store)
     with alone(store.root):
         remove_leftovers(store.root)

@@ -10,7 +10,7 @@ from datetime import datetime
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from aggregator.reconcile import World
+from aggregator.reconcile import Vectors, World
 from aggregator.resources import Consent, DataVector, MergePolicy, ModelVersion, Phase
 from datavector.monitoring import certificate_expiry
 
@@ -112,7 +112,11 @@ class OperatorMetrics(ReconcileMetrics):
         self, vectors: Iterable[DataVector], versions: Iterable[ModelVersion], policies: Iterable[MergePolicy]
     ) -> None:
         """Sets the gauges of objects to what there is now."""
-        states = Tally(("DataVector", _state(vector)) for vector in vectors)
+        vectors = Vectors.of(vectors)
+        waiting = {vector.name for vector in vectors.quarantined}
+        states = Tally(
+            ("DataVector", "Quarantined" if vector.name in waiting else _state(vector)) for vector in vectors
+        )
         states.update(("ModelVersion", version.status.phase.value) for version in versions)
         states.update(("MergePolicy", "Suspended" if policy.spec.suspend else "Active") for policy in policies)
         self._objects.clear()

@@ -98,6 +98,12 @@ class Vectors(tuple[DataVector, ...]):
         return {base: tuple(sorted(vectors, key=_content)) for base, vectors in found.items()}
 
     @cached_property
+    def quarantined(self) -> tuple[DataVector, ...]:
+        """Those that a person is to look at: newer ones of the same hospital would have taken their places."""
+        waiting = (vector for vector in self if vector.granted and vector.quarantine)
+        return tuple(vector for vector in waiting if vector.name in self.newest)
+
+    @cached_property
     def withdrawn(self) -> frozenset[str]:
         """Names of those without consent."""
         return frozenset(vector.name for vector in self if not vector.granted)
@@ -674,11 +680,11 @@ def _await_evaluations(version: ModelVersion, world: World, now: datetime) -> li
     """Waits for the hospitals' evaluations, then chooses; one hospital alone is not waited for."""
     evaluation, found = _evaluation(world.policy), world.evaluations.get(version.name, {})
     needed = quorum(evaluation, version)
-    deadline = _evaluation_deadline(version, world, now)
+    deadline = _deadline(version, world, now)
     if len(found) < needed and len(version.hospitals) >= FEWEST and now < deadline:
         return [WakeAt(deadline)]
     candidates = version.status.candidates
-    fallback = FALLBACK if version.spec.method.name == AUTO else preferred(candidates)
+    fallback = _fallback(version)
     enough = needed if len(found) >= needed else FEWEST  # the deadline has passed: those count that have come
     choice = choose_candidate(found, candidates, version.singles, fallback=fallback, needed=enough)
     evaluated = version.evaluated(_evaluation_report(choice), now=now)
@@ -691,9 +697,12 @@ def _await_evaluations(version: ModelVersion, world: World, now: datetime) -> li
     return [Save(evaluated.with_phase(Phase.RELEASING, now=now))]
 
 
-def preferred(candidates: Sequence[str]) -> str:
-    """Of one merge's candidates the one that is taken without an evaluation: that with the closed-form head."""
-    return next((name for name in candidates if name.endswith(HEAD)), candidates[0])
+def _fallback(version: ModelVersion) -> str:
+    """The candidate that is taken where too few hospitals evaluate."""
+    candidates = version.status.candidates
+    if version.spec.method.name != AUTO:
+        return candidates[0]
+    return FALLBACK if FALLBACK in candidates else f"{FALLBACK}{HEAD}"
 
 
 def _evaluation(policy: MergePolicy) -> Evaluation:
@@ -788,15 +797,13 @@ def _visitors(version: ModelVersion, world: World) -> list[str]:
 
 
 def _deadline(version: ModelVersion, world: World, now: datetime) -> datetime:
-    started = version.status.calibration_started_at
+    """Until when a version that asks hospitals for something waits for them."""
+    if version.status.phase is Phase.EVALUATING:
+        started, wait = version.status.evaluation_started_at, _evaluation(world.policy).deadline_seconds
+    else:
+        started, wait = version.status.calibration_started_at, world.policy.spec.calibration.deadline_seconds
     assert started  # noqa: S101  set on entering the phase
-    return _credible(started, now) + timedelta(seconds=world.policy.spec.calibration.deadline_seconds)
-
-
-def _evaluation_deadline(version: ModelVersion, world: World, now: datetime) -> datetime:
-    started = version.status.evaluation_started_at
-    assert started  # noqa: S101  set on entering the phase
-    return _credible(started, now) + timedelta(seconds=_evaluation(world.policy).deadline_seconds)
+    return _credible(started, now) + timedelta(seconds=wait)
 
 
 def _missing_evaluations(version: ModelVersion, world: World, now: datetime) -> str:
@@ -805,21 +812,17 @@ def _missing_evaluations(version: ModelVersion, world: World, now: datetime) -> 
     return (
         f"{len(found)} of {quorum(_evaluation(world.policy), version)} hospitals evaluated its "
         f"{len(version.status.candidates)} candidates; waiting for {missing} or until "
-        f"{_clock(_evaluation_deadline(version, world, now))}"
+        f"{_clock(_deadline(version, world, now))}"
     )
 
 
 def _quarantined(world: World) -> str:
     """Which vectors wait for a person, as the end of a sentence; empty where none does."""
-    waiting = [vector for vector in world.vectors if vector.granted and vector.quarantine and _is_newest(vector, world)]
+    waiting = Vectors.of(world.vectors).quarantined
     if not waiting:
         return ""
     told = "; ".join(f"{vector.name} is quarantined: {vector.quarantine}" for vector in waiting)
     return f"; {told}; release it with spec.released: true, or withdraw it"
-
-
-def _is_newest(vector: DataVector, world: World) -> bool:
-    return world.base is not None and vector.name in Vectors.of(world.vectors).newest
 
 
 def _missing_visits(version: ModelVersion, world: World, now: datetime) -> str:
@@ -849,9 +852,8 @@ def _with_conditions(vector: DataVector, values: Mapping[str, _Values], now: dat
 
 def _erased(vector: DataVector, now: datetime) -> DataVector:
     values: dict[str, _Values] = {"Stored": ("False", "Erased", ""), "Erased": ("True", "Erased", "")}
-    conditions = _conditions(vector.status.conditions, values, vector, now)
-    status = vector.status.model_copy(update={"erased_at": now, "conditions": conditions})
-    return vector.model_copy(update={"status": status})
+    erased = _with_conditions(vector, values, now)
+    return erased.model_copy(update={"status": erased.status.model_copy(update={"erased_at": now})})
 
 
 _Values = tuple[ConditionStatus, str, str]  # of a condition: status, reason, message

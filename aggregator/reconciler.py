@@ -48,7 +48,6 @@ from aggregator.registry import Registry
 from aggregator.resources import DataVector, MergePolicy, ModelVersion, Phase, Resource, utc_now
 from aggregator.store import Store, find_bases
 from datavector.errors import ApiConflict, ConfigError, DataVectorError, StoreMissing
-from datavector.merge import choose
 from datavector.model import BaseModel
 
 log = logging.getLogger(__name__)
@@ -390,7 +389,7 @@ class Reconciler:
         times += [now + PAUSE for _ in faults]
         times += [self._collect_at] if self._collect_at > now else []
         times += [time for time in [self.jobs.next_look()] if time]
-        if self._lacks_files() or any(vector.granted and vector.quarantine for vector in self._vectors):
+        if self._lacks_files() or self._vectors.quarantined:  # a person may release one
             times.append(now + (self._poll or PAUSE))
         asking = (Phase.CALIBRATING, Phase.EVALUATING)
         if self._poll and any(version.status.phase in asking for version in self.registry.versions()):
@@ -484,8 +483,7 @@ def _is_over(version: ModelVersion) -> bool:
 
 def _refusal(policy: MergePolicy) -> str:
     try:
-        for candidate in policy.spec.method.bodies.values():
-            choose(candidate.name, candidate.parameters)
+        policy.spec.method.check()
     except ConfigError as error:
         return str(error)
     return ""

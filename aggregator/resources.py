@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from pydantic.alias_generators import to_camel
 
 from datavector.choice import SINGLE
-from datavector.merge import body_id
+from datavector.merge import body_id, choose
 
 GROUP, API_VERSION = "datavector.dev", "v1alpha1"
 
@@ -233,7 +233,12 @@ class Candidate(Part):
         return body_id(self.name, self.parameters)
 
 
-DEFAULT_CANDIDATES = (Candidate(name=FALLBACK), Candidate(name="sum"), Candidate(name="iso-c"))
+DEFAULT_CANDIDATES = (  # in this order by docs/measurements.md
+    Candidate(name="iso-c", parameters={"scale": 1.25}),
+    Candidate(name="ties", parameters={"scale": 2}),
+    Candidate(name="sum"),
+    Candidate(name=FALLBACK),
+)
 
 
 class Method(Part):
@@ -244,8 +249,8 @@ class Method(Part):
     candidates: tuple[Candidate, ...] = Field(
         default=(),
         max_length=16,
-        description="Of auto: what is tried, the preferred first; mean, sum and iso-c where absent. The mean is always "
-        "among them, for the case that too few hospitals evaluate.",
+        description="Of auto: what is tried, the preferred first; iso-c, ties, sum and mean where absent. The mean is "
+        "always among them, for the case that too few hospitals evaluate.",
     )
 
     @property
@@ -261,9 +266,13 @@ class Method(Part):
     @property
     def bodies(self) -> dict[str, Candidate]:
         """What is merged, by a plain name, in the order of preference."""
-        if self.name != AUTO:
-            return {body_id(self.name, self.parameters): Candidate(name=self.name, parameters=self.parameters)}
-        return {each.body: each for each in self.resolved.candidates}
+        only = Candidate(name=self.name, parameters=self.parameters)
+        return {each.body: each for each in (self.resolved.candidates if self.name == AUTO else (only,))}
+
+    def check(self) -> None:
+        """Raises ConfigError where a method is unknown, or one of its parameters."""
+        for candidate in self.bodies.values():
+            choose(candidate.name, candidate.parameters)
 
 
 class HeadMode(StrEnum):
@@ -283,7 +292,7 @@ class Head(Part):
     floor: int = Field(
         default=5, ge=2, description="Images of a class below which a hospital leaves it out of its sums of features."
     )
-    strength: float = Field(default=1.0, gt=0, le=1000, description="Shrinkage of the features' covariance.")
+    strength: float = Field(default=10.0, gt=0, le=1000, description="Shrinkage of the features' covariance.")
 
 
 class EvaluationMethod(Part):

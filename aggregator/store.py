@@ -234,6 +234,10 @@ class Store:
         }
         write_json(self._path("versions", version, "evaluations", f"{hospital}.json"), content)
 
+    def evaluators(self, version: str) -> list[str]:
+        """Hospitals that have evaluated a version, sorted."""
+        return sorted(path.stem for path in (self.version(version) / "evaluations").glob("*.json"))
+
     def evaluations(self, version: str) -> dict[str, dict[str, Counts]]:
         """What hospitals found, by hospital and model."""
         found = {}

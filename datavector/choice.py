@@ -17,7 +17,7 @@ from datavector.metrics import Confusion, accuracy, balanced_accuracy
 SINGLE = "hospital."  # how the name of a hospital's own model begins, beside the candidates
 HEAD = ".head"  # how the name of a candidate with the closed-form head ends
 FEWEST = 2  # hospitals that must evaluate: never only the one whose vector is judged
-MARGIN = 0.5  # standard errors within which an earlier candidate is as good
+MARGIN = 1.0  # standard errors within which an earlier candidate is as good
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from datavector.errors import MergeError, NotFinite, WrongLayout
 from datavector.layout import FLOAT, FloatArray
+from datavector.merge.exact import sorted_sum
 
 DoubleArray = NDArray[np.float64]
 Kind = Literal["lda", "ridge"]
@@ -114,12 +115,8 @@ def solve_head(
 
 
 def _sum(arrays: Sequence[DoubleArray]) -> DoubleArray:
-    """Adds element by element in ascending order of the values, so the order of the arrays does not matter.
-
-    Row by row: beside the arrays and their sum, hardly any memory is taken.
-    """
+    """The sum of matrices, in any order; row by row, so hardly any memory is taken beside them."""
     total = np.zeros(arrays[0].shape)
     for row, *parts in zip(total, *arrays, strict=True):
-        for values in np.sort(np.stack(parts), axis=0):
-            row += values
+        row[:] = sorted_sum(np.stack(parts))
     return total

@@ -9,7 +9,7 @@ from typing import Any
 from datavector.files import canonical_json
 from datavector.model import BaseModel
 
-FORMAT = "datavector-release/1"
+FORMAT = "datavector-release/2"
 
 
 @dataclass(frozen=True)

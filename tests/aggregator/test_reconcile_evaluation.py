@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from aggregator.metrics import OperatorMetrics
 from aggregator.reconcile import (
     Base,
     CreateVersion,
@@ -113,6 +114,15 @@ def test_after_the_deadline_two_hospitals_are_enough_and_one_is_not():
     assert (one.status.evaluation.validated, one.status.evaluation.chosen) == (False, "mean")
     conditions = {each.type: (each.status, each.reason) for each in one.status.conditions}
     assert conditions["Evaluated"] == ("False", "Unvalidated")
+
+
+def test_without_evaluations_it_is_the_mean_also_where_every_candidate_has_a_closed_form_head():
+    rules = auto(head="closed-form")
+    waiting = version(
+        rules, *VECTORS, phase=Phase.EVALUATING, candidates=("sum.head", "mean.head"), evaluation_started_at=at(0)
+    )
+    released = saved(plan(World(rules, BASE, VECTORS, (waiting,)), at(600)))
+    assert (released.status.evaluation.validated, released.status.evaluation.chosen) == (False, "mean.head")
 
 
 def test_a_version_of_one_hospital_is_not_validated_and_does_not_wait():
@@ -250,3 +260,16 @@ def test_an_older_vector_does_not_take_a_quarantined_ones_place():
     newer = waiting.model_copy(update={"spec": waiting.spec.model_copy(update={"sequence": 2})})
     world = World(policy(quiet=0), BASE, (NORTH, SOUTH, vector("east", content="east-0"), newer))
     assert {each.spec.hospital for each in eligible(world)} == {"north", "south"}
+
+
+def test_the_operator_counts_the_vectors_that_wait_for_a_person():
+    metrics, waiting = OperatorMetrics(), quarantined()
+
+    def count(state: str, *vectors: DataVector) -> float | None:
+        metrics.count(vectors, (), ())
+        return metrics.registry.get_sample_value("datavector_operator_objects", {"kind": "DataVector", "state": state})
+
+    assert count("Quarantined", NORTH, SOUTH, waiting) == 1
+    assert count("Stored", NORTH, SOUTH, waiting) == 2
+    newer = vector(waiting.spec.hospital, sequence=waiting.spec.sequence + 1)
+    assert count("Quarantined", NORTH, SOUTH, waiting, newer) is None

@@ -34,7 +34,7 @@ def test_the_example_of_the_documentation_is_a_policy(tmp_path):
     text = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
     (example,) = read(tmp_path, text.split("```yaml\n")[1].split("```")[0])
     assert example.spec.trigger.quiet_period_seconds == 600
-    assert list(example.spec.method.bodies) == ["mean", "sum", "iso-c"]
+    assert list(example.spec.method.bodies) == ["iso-c-scale1.25", "sum", "mean"]
     assert example.spec.evaluation.quorum == 3
 
 

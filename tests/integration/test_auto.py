@@ -14,17 +14,20 @@ AUTO = {
     "head": {"floor": 3},
     "trigger": {"minHospitals": 3, "quietPeriodSeconds": 0},
 }
+BODIES = ("iso-c-scale1.25", "ties-scale2", "sum", "mean")
 
 
 def test_hospitals_calibrate_all_candidates_in_one_visit_and_evaluate_them_in_another(site: Site, tmp_path: Path):
     aggregator = site.aggregator({**AUTO, "evaluation": {"allowWorse": True}})
     for hospital in HOSPITALS:
-        assert "visit for 3 models of trial-" in site.agent(hospital, aggregator.address, "--tasks-only").succeed()
+        assert "visit for 4 models of trial-" in site.agent(hospital, aggregator.address, "--tasks-only").succeed()
     waiting = aggregator.wait_for("Evaluating", *HOSPITALS)
-    names = [f"{body}{head}" for body in ("mean", "sum", "iso-c") for head in ("", ".head")]
+    names = [f"{body}{head}" for body in BODIES for head in (".head", "")]
     assert list(waiting.status.candidates) == names
     for hospital in HOSPITALS:
-        assert "evaluation for 9 models of trial-" in site.agent(hospital, aggregator.address, "--tasks-only").succeed()
+        assert (
+            "evaluation for 11 models of trial-" in site.agent(hospital, aggregator.address, "--tasks-only").succeed()
+        )
     version = aggregator.wait_for("Ready", *HOSPITALS)
 
     report = version.status.evaluation
@@ -55,7 +58,7 @@ def test_a_hospital_may_leave_evaluation_to_the_others(site: Site):
     refused = site.agent("west", aggregator.address, "--tasks-only", tasks={"evaluate": False}).succeed()
     assert "skipped (switched off in the settings)" in refused
     for hospital in ("north", "south"):
-        assert "evaluation for 6 models" in site.agent(hospital, aggregator.address, "--tasks-only").succeed()
+        assert "evaluation for 8 models" in site.agent(hospital, aggregator.address, "--tasks-only").succeed()
     version = aggregator.wait_for("Ready", *HOSPITALS)
     assert version.status.evaluation.hospitals == ("north", "south")
     assert version.status.evaluation.singles == ()
