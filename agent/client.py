@@ -65,6 +65,7 @@ from datavector.wire.v1.exchange_pb2 import (
     MeetJoin,
     MeetReply,
     MeetRequest,
+    StatisticsInfo,
     Task,
     UploadReply,
     VectorInfo,
@@ -321,8 +322,20 @@ class Client:
         """The durable offset from which `send_upload` goes on. One try."""
         return self.unary("BeginUpload", info, BeginUploadReply)
 
+    def begin_statistics(self, info: StatisticsInfo) -> BeginUploadReply:
+        """The durable offset from which `send_statistics` goes on. One try."""
+        return self.unary("BeginStatistics", info, BeginUploadReply)
+
     def send_upload(self, messages: Iterator[bytes]) -> UploadReply:
-        """Sends serialised UploadRequests: open, chunk*, final. One try.
+        """Sends serialised UploadRequests of a vector: open, chunk*, final. One try."""
+        return self._send_file("Upload", messages)
+
+    def send_statistics(self, messages: Iterator[bytes]) -> UploadReply:
+        """Sends serialised UploadRequests of statistics: open, chunk*, final. One try."""
+        return self._send_file("SendStatistics", messages)
+
+    def _send_file(self, method: str, messages: Iterator[bytes]) -> UploadReply:
+        """Sends a file as serialised UploadRequests. One try.
 
         gRPC's keepalive waits behind a write that does not end, so that a link which takes nothing more is noticed
         here: by messages that gRPC no longer asks for.
@@ -335,10 +348,10 @@ class Client:
                 moved = time.monotonic()
                 yield message
 
-        method = self._connected().stream_unary(
-            "/datavector.v1.Exchange/Upload", response_deserializer=UploadReply.FromString
+        send = self._connected().stream_unary(
+            f"/datavector.v1.Exchange/{method}", response_deserializer=UploadReply.FromString
         )
-        with self.streaming(method.future(noting())) as call:
+        with self.streaming(send.future(noting())) as call:
             while time.monotonic() - moved < self._stall_seconds:
                 with suppress(grpc.FutureTimeoutError):
                     reply: UploadReply = call.result(timeout=self._stall_seconds / 10)
@@ -352,6 +365,10 @@ class Client:
     def sending_vector(self, info: VectorInfo) -> AbstractContextManager[Sending]:
         """The ledger's lines around an upload."""
         return self._sending("vector", bytes=info.size, sha256=info.sha256, base=info.base_digest)
+
+    def sending_statistics(self, task: Task, info: StatisticsInfo) -> AbstractContextManager[Sending]:
+        """The ledger's lines around statistics on their way."""
+        return self._sending("statistics", bytes=info.size, sha256=info.sha256, base=task.base_digest)
 
     def _sending(
         self, what: str, *, content: bytes = b"", bytes: int = 0, sha256: str = "", base: str = "", version: str = ""

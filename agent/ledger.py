@@ -37,7 +37,8 @@ class Entry:
         time: RFC 3339, UTC.
         state: "sending" before the first byte, "sent" once confirmed, "unconfirmed" if the call failed (some or all
             of it may have left), "decided" for what only this line is about.
-        what: "announcement" (of a vector), "vector", "visit", "evaluation", "meeting", "withdrawal" or "rejoin".
+        what: "announcement" (of a vector), "vector", "statistics" (beside a vector), "visit", "evaluation", "meeting",
+            "withdrawal" or "rejoin".
         bytes: of a "sending" line: size of what is to be sent, 0 for a meeting; of the line that follows: what has
             left, which for a vector that goes on after a cut is less, or more if some was sent twice.
         sha256: of what is sent; empty while a meeting has only begun.

@@ -16,7 +16,7 @@ from google.protobuf.json_format import MessageToDict, Parse, ParseError
 from agent import preflight
 from agent.ledger import Ledger
 from agent.settings import AgentSettings
-from agent.site import LEDGER, Site, connect, only_agent, open_site, stop_by_signal
+from agent.site import LEDGER, VECTOR, Site, connect, only_agent, open_site, stop_by_signal
 from agent.upload import upload
 from datavector.console import progress, say
 from datavector.data.records import Record
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 Stored = TypeVar("Stored", PolicyInfo, VectorInfo)
 
-VECTOR, VECTOR_INFO, POLICY = "vector.safetensors", "vector.json", "policy.json"
+VECTOR_INFO, POLICY = "vector.json", "policy.json"
 
 
 @dataclass(frozen=True)

@@ -61,12 +61,14 @@ class Tasks(Section):
     Attributes:
         recalibrate: BatchNorm moments of a merged model (docs/batchnorm.md), and sums of its features by class.
         evaluate: counts of right and wrong answers of merged models on the validation images.
+        statistics: what some merge methods read beside the vector, measured on the training images.
         max_images: most images used for it.
         meeting_wait_seconds: how long `--tasks-only` waits in a meeting for the quorum.
     """
 
     recalibrate: bool = True
     evaluate: bool = True
+    statistics: bool = True
     max_images: int = Field(default=1024, ge=1)
     meeting_wait_seconds: int = Field(default=600, ge=1, le=86400)
 

@@ -25,7 +25,7 @@ from datavector.files import claim_folder, fsync, locked, remove_leftovers
 from datavector.model import DIGEST
 from datavector.release.checksums import SUMS, compare_sums
 
-LEDGER = "ledger.jsonl"
+LEDGER, VECTOR = "ledger.jsonl", "vector.safetensors"
 AGENT = "agent"  # whose a state folder is
 WITHDRAW_SECONDS = 300  # a person waits, and may run it again: long enough for an aggregator that is started anew
 FETCH_SECONDS = 120  # what arrived is kept, so that giving up costs nothing

@@ -5,6 +5,7 @@ Diagonal Fisher information (arXiv 2111.09832) and the Gram matrices of layers' 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -13,18 +14,54 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from datavector.data.images import ImageSet
 from datavector.layout import FloatArray, write_tensors
 from datavector.merge.cohort import as_matrix
-from datavector.merge.regmean import fisher_layout, regmean_layout
+from datavector.merge.statistics import FISHER, REGMEAN, layout_of
 from datavector.model import BaseModel
 from datavector.networks import preprocess
 
 BATCH = 16
 
+Progress = Callable[[int, int], None]
+
+
+def write_statistics(
+    kind: str,
+    path: Path,
+    network: nn.Module,
+    base: BaseModel,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda _done, _total: None,
+) -> None:
+    """Writes the statistics of a kind, into a file that only its owner may read.
+
+    Args:
+        kind: "fisher" or "regmean".
+        network: the hospital's own tuned model.
+        images: uint8, shape (images, 3, size, size).
+        labels: int64, shape (images,).
+        progress: called with the images done and in all.
+    Raises:
+        DiskFull: no space is left.
+    """
+    if kind == FISHER:
+        write_fisher(path, network, base, images, labels, device=device, progress=progress)
+    else:
+        write_regmean(path, network, base, images, device=device, progress=progress)
+
 
 def write_fisher(
-    path: Path, network: nn.Module, base: BaseModel, images: ImageSet, *, device: torch.device | str = "cpu"
+    path: Path,
+    network: nn.Module,
+    base: BaseModel,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda _done, _total: None,
 ) -> None:
     """Mean over the images of the squared gradient of the label's log-probability, for each weight.
 
@@ -34,23 +71,30 @@ def write_fisher(
     weights = dict(network.named_parameters())
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for index in range(len(images)):
-        logits = network(preprocess(images.images[index : index + 1].to(device), base.input))
-        loss = functional.cross_entropy(logits, images.labels[index : index + 1].to(device))
+        logits = network(preprocess(images[index : index + 1].to(device), base.input))
+        loss = functional.cross_entropy(logits, labels[index : index + 1].to(device))
         gradients = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
         for name, gradient in zip(weights, gradients, strict=True):
             if gradient is not None:
                 total[name] += gradient.square() / len(images)
+        progress(index + 1, len(images))
 
     def tensor(name: str, shape: tuple[int, ...]) -> FloatArray:
         return total[name].cpu().numpy() if name in total else np.zeros(shape, dtype=np.float32)
 
-    layout = fisher_layout(base)
+    layout = layout_of(FISHER, base)
     write_tensors(path, layout, (tensor(spec.name, spec.shape) for spec in layout.tensors), mode=0o600)
 
 
 @torch.no_grad()
 def write_regmean(
-    path: Path, network: nn.Module, base: BaseModel, images: ImageSet, *, device: torch.device | str = "cpu"
+    path: Path,
+    network: nn.Module,
+    base: BaseModel,
+    images: torch.Tensor,
+    *,
+    device: torch.device | str = "cpu",
+    progress: Progress = lambda _done, _total: None,
 ) -> None:
     """Sum of x x^T over the inputs x of each linear or convolutional layer (patches of an image, for the latter)."""
     network = network.to(device).eval()
@@ -67,14 +111,15 @@ def write_regmean(
                     lambda module, arguments, name=f"{name}.weight": add(name, module, arguments[0])
                 )
                 hooks.callback(handle.remove)
-        for batch in torch.split(images.images, BATCH):
-            network(preprocess(batch.to(device), base.input))
+        for begin in range(0, len(images), BATCH):
+            network(preprocess(images[begin : begin + BATCH].to(device), base.input))
+            progress(min(begin + BATCH, len(images)), len(images))
 
     def tensor(name: str, shape: tuple[int, ...]) -> FloatArray:
         gram = grams.get(name)  # a weight that is used without a layer of its own has none: its mean is taken
         return np.eye(shape[0], dtype=np.float32) if gram is None else gram.float().cpu().numpy()
 
-    layout = regmean_layout(base)
+    layout = layout_of(REGMEAN, base)
     write_tensors(path, layout, (tensor(spec.name, spec.shape) for spec in layout.tensors), mode=0o600)
 
 

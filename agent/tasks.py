@@ -14,26 +14,36 @@ from torch import nn
 from agent.client import Client, inside
 from agent.features import class_moments
 from agent.metrics import Metrics
-from agent.recalibrate import Exchange, chosen_in_memory, measure, pooled_with
+from agent.recalibrate import Exchange, choose_images, chosen_in_memory, measure, pooled_with
 from agent.settings import AgentSettings
+from agent.site import VECTOR
+from agent.statistics import write_statistics
 from agent.train import choose_device, evaluate_counts
+from agent.upload import send_statistics
 from datavector.choice import Counts
+from datavector.console import progress
 from datavector.data.images import ImageSet
 from datavector.errors import NotFound, TryAgain, Unreachable
+from datavector.files import sha256_file
 from datavector.merge.batchnorm import Moments
 from datavector.merge.head import FeatureMoments
+from datavector.merge.restored import write_tuned
+from datavector.merge.statistics import KINDS as STATISTICS
 from datavector.model import BaseModel
 from datavector.networks import build, load_file
 from datavector.wire.v1.exchange_pb2 import (
     TASK_KIND_EVALUATE,
     TASK_KIND_RECALIBRATE_MEETING,
     TASK_KIND_RECALIBRATE_VISIT,
+    TASK_KIND_STATISTICS,
     FileInfo,
+    StatisticsInfo,
     Task,
 )
 
 FOLDER, SUFFIX = "tasks", ".safetensors"  # of weights to look at, in the state folder
 KINDS = {
+    TASK_KIND_STATISTICS: "statistics",  # first: a merge waits for them
     TASK_KIND_RECALIBRATE_VISIT: "visit",
     TASK_KIND_EVALUATE: "evaluation",
     TASK_KIND_RECALIBRATE_MEETING: "meeting",  # last: it may wait for others
@@ -75,7 +85,7 @@ class TaskServer:
     def serve_waiting(self) -> Served:
         """Serves what is waiting now."""
         reply = self.client.list_tasks()
-        self._forget_all_but({task.version for task in reply.tasks})
+        self._forget_all_but({task.version or task.id for task in reply.tasks})
         order = list(KINDS)
         in_order = sorted(reply.tasks, key=lambda task: order.index(task.kind) if task.kind in KINDS else -1)
         failed = tuple(task.id for task in in_order if not self._serve(task))
@@ -89,7 +99,7 @@ class TaskServer:
             self.show(f"task {task.id}: skipped ({why})")
             return True
         try:
-            images = self._evaluate(task) if kind == "evaluation" else self._recalibrate(task, kind)
+            images = self._work(kind)(task)
         except (NotFound, TryAgain, Unreachable) as error:
             gone = isinstance(error, NotFound)  # the version was overtaken; else a meeting fell apart or the link broke
             self.metrics.tasks.labels(kind, "gone" if gone else "failed").inc()
@@ -97,8 +107,41 @@ class TaskServer:
             return gone
         self.metrics.tasks.labels(kind, "done").inc()
         models = f"{len(task.weights)} models of " if len(task.weights) > 1 else ""
-        self.show(f"task {task.id}: {kind} for {models}{task.version} with {images} images")
+        what = f"for {models}{task.version}" if task.version else "of its vector"
+        self.show(f"task {task.id}: {kind} {what} with {images} images")
         return True
+
+    def _work(self, kind: str) -> Callable[[Task], int]:
+        """What serves a kind of task, and returns how many images were used."""
+        works = {"statistics": self._give_statistics, "evaluation": self._evaluate}
+        return works.get(kind, partial(self._recalibrate, kind=kind))
+
+    def _give_statistics(self, task: Task) -> int:
+        """Measures what a merge method reads beside the hospital's vector, with the hospital's own model."""
+        vector, folder = self.settings.state / VECTOR, self.settings.state / FOLDER
+        if not vector.is_file() or sha256_file(vector) != task.vector_sha256:
+            raise NotFound(
+                "that vector is not in the state folder", remedy="train again to send a new one with its statistics"
+            )
+        file = inside(folder, f"{task.id}{SUFFIX}")
+        training, device = self.load_images("train"), choose_device(self.settings.training.device)
+        chosen = choose_images(len(training), self.settings.tasks.max_images, 0)
+        if not file.is_file():  # else an upload was stopped, and goes on
+            folder.mkdir(exist_ok=True)
+            network, tuned = build(self.base), inside(folder, f"{task.id}.own{SUFFIX}")
+            write_tuned(tuned, self.base, vector)
+            load_file(network, tuned, self.base.layout)
+            tuned.unlink()
+            images, labels = training.images[chosen], training.labels[chosen]
+            with progress(f"{task.statistics} statistics") as show:
+                write_statistics(
+                    task.statistics, file, network, self.base, images, labels, device=device, progress=show
+                )
+        info = StatisticsInfo(task_id=task.id, sha256=sha256_file(file), size=file.stat().st_size)
+        with progress("upload of statistics") as show:
+            send_statistics(self.client, task, file, info, on_progress=show)
+        file.unlink()
+        return len(chosen)
 
     def _recalibrate(self, task: Task, kind: str) -> int:
         """One forward pass over the hospital's images with each merge's weights; returns how many were used."""
@@ -149,21 +192,21 @@ class TaskServer:
         yield path
         path.unlink()
 
-    def _forget_all_but(self, versions: Collection[str]) -> None:
-        """Removes weights, also half-fetched ones, of versions that no task names any more."""
+    def _forget_all_but(self, names: Collection[str]) -> None:
+        """Removes files, also half-fetched ones, but those of these versions and tasks."""
         for path in (self.settings.state / FOLDER).glob(f"*{SUFFIX}*"):
-            if not any(path.name.lstrip(".").startswith(f"{version}-") for version in versions):
+            if not path.name.lstrip(".").startswith(tuple(f"{each}{end}" for each in names for end in "-.")):
                 path.unlink()
 
     def _why_skipped(self, task: Task, kind: str) -> str:
         """Why a task is not for this hospital; empty where it is."""
         tasks = self.settings.tasks
-        if kind == "unknown":
+        if kind == "unknown" or (kind == "statistics" and task.statistics not in STATISTICS):
             return "this agent is too old for it"
         if task.base_digest != self.base.digest:
             return "of another base model"
-        switched_on = tasks.evaluate if kind == "evaluation" else tasks.recalibrate
-        return "" if switched_on else "switched off in the settings"
+        switches = {"statistics": tasks.statistics, "evaluation": tasks.evaluate}
+        return "" if switches.get(kind, tasks.recalibrate) else "switched off in the settings"
 
 
 def _renamed(merge: str, exchange: Exchange) -> Exchange:

@@ -1,16 +1,26 @@
-"""Sends a vector until the aggregator has committed it, whatever happens to the link."""
+"""Sends a vector, or statistics beside it, until the aggregator has committed it, whatever happens to the link."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from agent.client import Client, Progress
 from agent.ledger import Sending
 from datavector.errors import TryAgain
 from datavector.wire.chunks import CHUNK, frame_chunk
-from datavector.wire.v1.exchange_pb2 import UploadFinal, UploadOpen, UploadRequest, VectorInfo
+from datavector.wire.v1.exchange_pb2 import (
+    BeginUploadReply,
+    StatisticsInfo,
+    Task,
+    UploadFinal,
+    UploadOpen,
+    UploadReply,
+    UploadRequest,
+    VectorInfo,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,46 @@ def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progres
         begun = client.patiently(lambda: client.begin_upload(info), announcing)
     if begun.committed:
         return Delivery(begun.vector, 0)
+    with client.sending_vector(info) as sending:
+        way = _Way(partial(client.begin_upload, info), client.send_upload, UploadOpen(vector=info))
+        reply, sent = _send(client, path, info, way, sending, on_progress)
+    return Delivery(reply.vector, sent)
+
+
+def send_statistics(
+    client: Client, task: Task, path: Path, info: StatisticsInfo, *, on_progress: Progress | None = None
+) -> int:
+    """Sends a file of statistics for a task, as `upload` sends a vector; returns the bytes that left.
+
+    Raises:
+        NotFound: they are no longer wanted.
+    """
+    with client.sending_statistics(task, info) as sending:
+        way = _Way(partial(client.begin_statistics, info), client.send_statistics, UploadOpen(statistics=info))
+        return _send(client, path, info, way, sending, on_progress)[1]
+
+
+Reply = BeginUploadReply | UploadReply
+
+
+@dataclass(frozen=True)
+class _Way:
+    """The calls that take a file to the aggregator, and how its stream is opened."""
+
+    begin: Callable[[], BeginUploadReply]
+    send: Callable[[Iterator[bytes]], Reply]
+    opening: UploadOpen
+
+
+def _send(
+    client: Client,
+    path: Path,
+    info: VectorInfo | StatisticsInfo,
+    way: _Way,
+    sending: Sending,
+    on_progress: Progress | None,
+) -> tuple[Reply, int]:
+    """Tries until the file is committed; returns the aggregator's last answer and the bytes that left."""
     sent = 0
 
     def on_chunk(size: int, offset: int) -> None:
@@ -47,23 +97,27 @@ def upload(client: Client, path: Path, info: VectorInfo, *, on_progress: Progres
         if on_progress:
             on_progress(offset, info.size)
 
-    def attempt() -> str:
-        begun = client.begin_upload(info)
+    def attempt() -> Reply:
+        begun = way.begin()
         if begun.committed:
-            return str(begun.vector)
+            return begun
         try:
-            return client.send_upload(_messages(path, info, begun.offset, sending, on_chunk)).vector
+            return way.send(_messages(path, info, way.opening, begun.offset, sending, on_chunk))
         except TryAgain:
             sending.demand_consent()  # a stream that ended early because of that is not tried again
             raise
 
-    with client.sending_vector(info) as sending:
-        sending.measured(bytes=0, sha256=info.sha256)
-        return Delivery(client.patiently(attempt, sending), sent)
+    sending.measured(bytes=0, sha256=info.sha256)
+    return client.patiently(attempt, sending), sent
 
 
 def _messages(
-    path: Path, info: VectorInfo, offset: int, sending: Sending, on_chunk: Callable[[int, int], None]
+    path: Path,
+    info: VectorInfo | StatisticsInfo,
+    opening: UploadOpen,
+    offset: int,
+    sending: Sending,
+    on_chunk: Callable[[int, int], None],
 ) -> Iterator[bytes]:
     """open, chunk*, final: serialised, from `offset` on; without final, so that it does not count, once withdrawn.
 
@@ -72,7 +126,8 @@ def _messages(
     Args:
         on_chunk: takes each chunk's size and end.
     """
-    yield UploadRequest(open=UploadOpen(vector=info, offset=offset)).SerializeToString()
+    opening.offset = offset
+    yield UploadRequest(open=opening).SerializeToString()
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         while sending.consented and (chunk := file.read(CHUNK)):

@@ -108,11 +108,16 @@ def merge(store: Store, version: ModelVersion, base: BaseModel, share: Share | N
     """
     inputs = [_input(store, entry) for entry in version.spec.inputs]
     for entry, each in zip(version.spec.inputs, inputs, strict=True):
-        if not each.path.is_file() or f"sha256:{sha256_file(each.path)}" != entry.digest:
-            raise WrongDigest(
-                f"the stored vector {entry.data_vector} is missing or altered",
-                remedy="restore the store's volume, or let the hospital send it again",
-            )
+        stored = [("vector", each.path, entry.digest)]
+        stored += [
+            (f"file of {kind} statistics of", each.statistics[kind], own) for kind, own in entry.statistics.items()
+        ]
+        for what, path, digest in stored:
+            if not path.is_file() or f"sha256:{sha256_file(path)}" != digest:
+                raise WrongDigest(
+                    f"the stored {what} {entry.data_vector} is missing or altered",
+                    remedy="restore the store's volume, or let the hospital send it again",
+                )
     outputs = {body: store.merged(version.name, body) for body in version.bodies}
     for body, candidate in version.bodies.items():
         if share is None or not outputs[body].is_file():
@@ -184,6 +189,7 @@ def release(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, A
     folder = write_release(
         store.release(version.name), network=network, base=base, lineage=lineage, opset=spec.export.opset
     )
+    store.erase_restored(version.name)
     return {
         "calibration": calibration,
         "head": head,
@@ -193,7 +199,10 @@ def release(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, A
 
 
 def _input(store: Store, entry: VersionInput) -> MergeInput:
-    return MergeInput(store.blob(entry.hospital, entry.digest), entry.digest, entry.sample_count)
+    statistics = {
+        kind: store.statistics_file(entry.hospital, entry.digest, kind, own) for kind, own in entry.statistics.items()
+    }
+    return MergeInput(store.blob(entry.hospital, entry.digest), entry.digest, entry.sample_count, statistics)
 
 
 def _cohort(version: ModelVersion, gram: NDArray[np.float64]) -> dict[str, Any]:

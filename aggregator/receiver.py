@@ -28,6 +28,7 @@ from aggregator.registry import Registry
 from aggregator.resources import MergePolicy, ModelVersion, Phase, last_sequence
 from aggregator.server_keys import ServerKeys
 from aggregator.settings import Limits, ReceiverSettings
+from aggregator.statistics import StatisticsUploads
 from aggregator.store import Store, Visit, find_bases
 from aggregator.uploads import Arrival, Uploads
 from datavector.errors import BaseModelError, NotFound, NotReady, ProtocolError, UsageError
@@ -54,9 +55,12 @@ from datavector.wire.v1.exchange_pb2 import (
     ListTasksReply,
     ListTasksRequest,
     PolicyInfo,
+    StatisticsInfo,
     Task,
     TaskKind,
+    UploadOpen,
     UploadReply,
+    UploadRequest,
     VectorInfo,
     VisitReply,
     WithdrawReply,
@@ -117,6 +121,7 @@ class Receiver:
             poll_seconds=limits.poll_seconds,
         )
         self._evaluations = OpenEvaluations(store, registry, wake)
+        self._statistics = StatisticsUploads(store, registry, self.metrics, wake)
         self._server: grpc.aio.Server | None = None
         self._health = health.aio.HealthServicer()
         self._watching: list[asyncio.Task[None]] = []
@@ -175,6 +180,8 @@ class Receiver:
             "BeginVisit": self._begin_visit,
             "CompleteVisit": self._complete_visit,
             "Meet": self._meet,
+            "BeginStatistics": self._begin_statistics,
+            "SendStatistics": self._send_statistics,
             "Evaluate": self._evaluate,
             "DescribeRelease": self._describe_release,
         }
@@ -276,11 +283,9 @@ class Receiver:
         return await self._uploads.begin(await self._arrival(info, call.hospital))
 
     async def _upload(self, _: object, call: Call) -> UploadReply:
-        first = read_request(await call.read() or b"")
-        if isinstance(first, memoryview) or first.WhichOneof("part") != "open":
-            raise ProtocolError("an upload did not begin with its announcement", remedy="send open, chunks, final")
-        arrival = await self._arrival(first.open.vector, call.hospital)
-        vector = await self._uploads.receive(arrival, first.open.offset, call.read)
+        opening = await _opening(call)
+        arrival = await self._arrival(opening.vector, call.hospital)
+        vector = await self._uploads.receive(arrival, opening.offset, call.read)
         return UploadReply(vector=vector.name)
 
     async def _arrival(self, info: VectorInfo, hospital: str) -> Arrival:
@@ -332,6 +337,16 @@ class Receiver:
                         weights=await _infos(self._evaluated_files(evaluation)),
                     )
                 )
+        for wanted in self._statistics.wanted(call.hospital, await self._asked_statistics()):
+            tasks.append(
+                Task(
+                    id=wanted.id,
+                    kind=TaskKind.TASK_KIND_STATISTICS,
+                    base_digest=wanted.base_digest,
+                    statistics=wanted.kind,
+                    vector_sha256=wanted.vector_sha256,
+                )
+            )
         return ListTasksReply(tasks=tasks, poll_seconds=max(round(self.settings.limits.poll_seconds), 1))
 
     def _merged_files(self, offer: Offer) -> dict[str, Path]:
@@ -380,6 +395,26 @@ class Receiver:
         base = await self._base(offer.calibration.base_digest)
         await self._calibrations.meet(call.hospital, offer, base, join, call.read, call.write)
 
+    async def _begin_statistics(self, info: StatisticsInfo, call: Call) -> BeginUploadReply:
+        wanted = self._statistics.find(call.hospital, info.task_id, await self._asked_statistics())
+        offset, committed = self._statistics.begin(wanted, await self._base(wanted.base_digest), info)
+        return BeginUploadReply(offset=offset, committed=committed, vector=wanted.vector.name)
+
+    async def _send_statistics(self, _: object, call: Call) -> UploadReply:
+        opening = await _opening(call)
+        info = opening.statistics
+        wanted = self._statistics.find(call.hospital, info.task_id, await self._asked_statistics())
+        base = await self._base(wanted.base_digest)
+        await self._statistics.receive(wanted, base, info, opening.offset, call.read)
+        return UploadReply(vector=wanted.vector.name)
+
+    async def _asked_statistics(self) -> set[tuple[str, str]]:
+        asked = set()
+        for policy in self.registry.policies():
+            if (kinds := policy.spec.method.statistics) and (base := await self._base_of(policy)):
+                asked |= {(base.digest, kind) for kind in kinds}
+        return asked
+
     # --- Base models
 
     async def _base(self, digest: str) -> BaseModel:
@@ -413,7 +448,7 @@ def _handler(method: MethodDescriptor, behaviour: Callable[..., Any]) -> grpc.Rp
     request = getattr(exchange_pb2, method.input_type.name)
     handler: grpc.RpcMethodHandler = make(
         behaviour,
-        request_deserializer=None if method.name == "Upload" else request.FromString,
+        request_deserializer=None if request is UploadRequest else request.FromString,
         response_serializer=getattr(exchange_pb2, method.output_type.name).SerializeToString,
     )
     return handler
@@ -438,6 +473,14 @@ def _options(limits: Limits) -> list[tuple[str, int]]:
         ("grpc.http2.bdp_probe", 0),
         ("grpc.http2.lookahead_bytes", 4 << 20),
     ]
+
+
+async def _opening(call: Call) -> UploadOpen:
+    """The first message of an upload."""
+    first = read_request(await call.read() or b"")
+    if isinstance(first, memoryview) or first.WhichOneof("part") != "open":
+        raise ProtocolError("an upload did not begin with its announcement", remedy="send open, chunks, final")
+    return first.open
 
 
 def _part(message: Any, name: str) -> Any:

@@ -123,6 +123,8 @@ class World:
         reports: what finished job stages reported, by version and stage.
         visits: rounds done, by version and hospital.
         evaluations: what hospitals found, by version, of those that are being evaluated.
+        statistics: where the policy's method reads them, what hospitals have sent beside their vectors: by vector and
+            kind, as digests.
         running: versions with a running job.
         refused: why the policy cannot be carried out as it is written, as a sentence; empty where it can.
     """
@@ -134,6 +136,7 @@ class World:
     reports: Mapping[tuple[str, Stage], Mapping[str, Any]] = field(default_factory=dict)
     visits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     evaluations: Mapping[str, Evaluations] = field(default_factory=dict)
+    statistics: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     running: frozenset[str] = frozenset()
     refused: str = ""
 
@@ -362,15 +365,28 @@ def withdraw(
 
 
 def eligible(world: World) -> tuple[DataVector, ...]:
-    """The newest vector of each hospital for the policy's base, where consent stands and the file is here; sorted by
-    digest.
+    """The newest vector of each hospital for the policy's base, where consent stands and the file is here, and the
+    statistics that the policy's method reads; sorted by digest.
 
     A hospital whose newest vector is withdrawn is out: an older one does not take its place. One without a file that
     fits does not count.
     """
-    if world.base is None:
-        return ()
-    return Vectors.of(world.vectors).usable.get(world.base.digest, ())
+    if not lacking(world):
+        return _usable(world)
+    return tuple(vector for vector in _usable(world) if vector.name not in lacking(world))
+
+
+def lacking(world: World) -> dict[str, list[str]]:
+    """By vector the kinds of statistics that are still to come before it can be merged as the policy says."""
+    kinds = world.policy.spec.method.statistics
+    if not kinds:
+        return {}
+    missing = {vector.name: sorted(kinds - set(world.statistics.get(vector.name, ()))) for vector in _usable(world)}
+    return {name: kinds for name, kinds in missing.items() if kinds}
+
+
+def _usable(world: World) -> tuple[DataVector, ...]:
+    return Vectors.of(world.vectors).usable.get(world.base.digest, ()) if world.base else ()
 
 
 def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersion:
@@ -385,6 +401,7 @@ def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersi
             hospital=vector.spec.hospital,
             digest=vector.spec.artifact.digest,
             sample_count=vector.spec.sample_count,
+            statistics={kind: world.statistics[vector.name][kind] for kind in sorted(method.statistics)},
         )
         for vector in vectors
     )
@@ -416,8 +433,13 @@ def due(world: World, now: datetime) -> datetime | None:
 
     Arrivals wait for quiet, at most maxWaitSeconds after there were enough hospitals. A withdrawal or a changed
     policy brings nothing new to wait for, and a withdrawal that left no version does not wait for arrivals either.
+    A vector whose statistics are still to come is waited for, at most maxWaitSeconds after it came: else its hospital
+    would be missing from a version for nothing.
     """
     trigger, arrivals = world.policy.spec.trigger, len(world.arrivals)
+    came = [_credible(vector.arrived_at, now) for vector in _usable(world) if vector.name in lacking(world)]
+    if came and now < (latest := max(came) + timedelta(seconds=trigger.max_wait_seconds)):
+        return latest
     bereft = all(version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED) for version in world.versions)
     if not arrivals or (bereft and len(eligible(world)) - arrivals >= trigger.min_hospitals):
         return None
@@ -520,31 +542,31 @@ def explain(world: World, now: datetime) -> str:
         return f"base model {spec.base_model_ref!r} is not in the store; import it: datavector base import"
     if world.refused:
         return world.refused
-    vectors, quarantined = eligible(world), _quarantined(world)
+    vectors, lacked = eligible(world), _awaited_statistics(world) + _quarantined(world)
     if len(vectors) < spec.trigger.min_hospitals:
         missing = spec.trigger.min_hospitals - len(vectors)
         more = "one" if missing == 1 else missing
-        return f"{len(vectors)} of {spec.trigger.min_hospitals} hospitals; waiting for {more} more{quarantined}"
+        return f"{len(vectors)} of {spec.trigger.min_hospitals} hospitals; waiting for {more} more{lacked}"
     wanted = world.wanted
     version = {version.name: version for version in world.versions}.get(wanted.name)
     if version is None or version.status.phase is Phase.SUPERSEDED:
         time = due(world, now)
         when = f"at {_clock(time)} unless another arrives" if time and time > now else "now"
-        return f"{len(vectors)} hospitals; merging {when}"
+        return f"{len(vectors)} hospitals; merging {when}{lacked}"
     match version.status.phase:
         case Phase.CALIBRATING:
             return f"{version.name}: {_missing_visits(version, world, now)}"
         case Phase.EVALUATING:
             return f"{version.name}: {_missing_evaluations(version, world, now)}"
         case Phase.READY:
-            return f"{version.name} is Ready{quarantined}"
+            return f"{version.name} is Ready{lacked}"
         case Phase.REJECTED:
             return f"{version.name} is not Ready: {version.status.message}"
         case Phase.FAILED:
             return f"{version.name} failed: {version.status.message}"
         case phase:
             trouble = f"; the last try failed: {version.status.message}" if version.status.message else ""
-            return f"{version.name} is {phase.value}{trouble}{quarantined}"
+            return f"{version.name} is {phase.value}{trouble}{lacked}"
 
 
 # --- Parts of the plan ----------------------------------------------------------------------------------------
@@ -823,6 +845,12 @@ def _quarantined(world: World) -> str:
         return ""
     told = "; ".join(f"{vector.name} is quarantined: {vector.quarantine}" for vector in waiting)
     return f"; {told}; release it with spec.released: true, or withdraw it"
+
+
+def _awaited_statistics(world: World) -> str:
+    """Which statistics are to come, as the end of a sentence; empty where none are."""
+    told = [f"the {' and '.join(kinds)} statistics of {name}" for name, kinds in sorted(lacking(world).items())]
+    return f"; waiting for {', '.join(told)}, which its agent sends when it looks for tasks" if told else ""
 
 
 def _missing_visits(version: ModelVersion, world: World, now: datetime) -> str:

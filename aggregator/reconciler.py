@@ -36,6 +36,7 @@ from aggregator.reconcile import (
     eligible,
     explain,
     job_failed,
+    lacking,
     on_record,
     plan,
     policy_fault,
@@ -265,13 +266,14 @@ class Reconciler:
             versions: those of the policy, at least.
             running: versions with a running job.
         """
+        base, vectors = self._base(policy.spec.base_model_ref), Vectors.of(vectors)
         own = tuple(version for version in versions if version.spec.policy_ref == policy.name)
         names = [version.name for version in own if version.status.phase.unfinished]
         reports = {(name, stage): self.store.report(name, stage) for name in names for stage in STAGES}
         return World(
             policy=policy,
-            base=self._base(policy.spec.base_model_ref),
-            vectors=Vectors.of(vectors),
+            base=base,
+            vectors=vectors,
             versions=own,
             reports={key: report for key, report in reports.items() if report is not None},
             visits={name: self.store.rounds(name) for name in names},
@@ -280,9 +282,19 @@ class Reconciler:
                 for version in own
                 if version.status.phase is Phase.EVALUATING
             },
+            statistics=self._statistics(policy, base, vectors),
             running=frozenset(running),
             refused=_refusal(policy),
         )
+
+    def _statistics(self, policy: MergePolicy, base: Base | None, vectors: Vectors) -> dict[str, dict[str, str]]:
+        """Of the vectors that may be merged, where the policy's method reads more than them."""
+        if base is None or not policy.spec.method.statistics:
+            return {}
+        return {
+            vector.name: self.store.statistics(vector.spec.hospital, vector.spec.artifact.digest)
+            for vector in vectors.usable.get(base.digest, ())
+        }
 
     def _tracks(self, worlds: list[World], faults: Mapping[str, Exception]) -> dict[str, list[Action]]:
         """What is to be done now, in parts that do not depend on each other, each under a name.
@@ -392,7 +404,8 @@ class Reconciler:
         if self._lacks_files() or self._vectors.quarantined:  # a person may release one
             times.append(now + (self._poll or PAUSE))
         asking = (Phase.CALIBRATING, Phase.EVALUATING)
-        if self._poll and any(version.status.phase in asking for version in self.registry.versions()):
+        asked = any(version.status.phase in asking for version in self.registry.versions())
+        if self._poll and (asked or any(map(lacking, self._worlds.values()))):
             times.append(now + self._poll)
         return min(times, default=None)
 

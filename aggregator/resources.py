@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, StringConstraints, model_validator
 from pydantic.alias_generators import to_camel
 
 from datavector.choice import SINGLE
-from datavector.merge import body_id, choose
+from datavector.merge import body_id, choose, find, methods
 
 GROUP, API_VERSION = "datavector.dev", "v1alpha1"
 
@@ -269,6 +269,12 @@ class Method(Part):
         only = Candidate(name=self.name, parameters=self.parameters)
         return {each.body: each for each in (self.resolved.candidates if self.name == AUTO else (only,))}
 
+    @property
+    def statistics(self) -> frozenset[str]:
+        """What hospitals must send beside their vectors (datavector.merge.statistics); nothing for unknown methods."""
+        known = [each.name for each in self.bodies.values() if each.name in methods()]
+        return frozenset(find(name).statistics for name in known) - {""}
+
     def check(self) -> None:
         """Raises ConfigError where a method is unknown, or one of its parameters."""
         for candidate in self.bodies.values():
@@ -478,6 +484,9 @@ class VersionInput(Part):
     hospital: Name = Field(description="Who sent it.")
     digest: Digest = Field(description="Digest of its file.")
     sample_count: int = Field(description="Training images.")
+    statistics: dict[str, Digest] = Field(
+        default={}, description="By kind the digests of what the hospital sent beside it, where the method reads that."
+    )
 
 
 class VersionSpec(Part):

@@ -63,7 +63,14 @@ class Visit:
         return {name.removeprefix(prefix): moments for name, moments in self.moments.items() if name.startswith(prefix)}
 
 
-FOLDERS = {"bases": 0o755, "uploads": 0o700, "blobs": 0o700, "versions": 0o700, "releases": 0o755}
+FOLDERS = {
+    "bases": 0o755,
+    "uploads": 0o700,
+    "blobs": 0o700,
+    "statistics": 0o700,
+    "versions": 0o700,
+    "releases": 0o755,
+}
 
 _PLAIN = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 PART, RECORD = "part", "vector.json"
@@ -162,6 +169,20 @@ class Store:
         path = self.blob(vector.spec.hospital, vector.spec.artifact.digest)
         return path.stat().st_size if path.is_file() else None
 
+    def statistics(self, hospital: str, digest: str) -> dict[str, str]:
+        """What a hospital sent beside the vector of that digest: digests by kind."""
+        found = sorted(self._statistics(hospital).glob(f"{digest.removeprefix('sha256:')}.*"))
+        names = [path.name.split(".") for path in found if path.suffix != f".{PART}"]
+        return {kind: f"sha256:{sha256}" for _, kind, sha256 in names}
+
+    def statistics_file(self, hospital: str, digest: str, kind: str, own: str) -> Path:
+        """The file of those statistics, whose own digest is `own`."""
+        vector, own = (each.removeprefix("sha256:") for each in (digest, own))
+        return self._path("statistics", hospital, f"{vector}.{kind}.{own}")
+
+    def _statistics(self, hospital: str) -> Path:
+        return self._path("statistics", hospital)
+
     # --- versions and their calibration
 
     def version(self, name: str) -> Path:
@@ -185,6 +206,10 @@ class Store:
     def restored(self, version: str, model: str) -> Path:
         """The weights of a candidate or of a hospital's own model, as hospitals evaluate them."""
         return self._path("versions", version, "restored", f"{model}{WEIGHTS}")
+
+    def erase_restored(self, version: str) -> None:
+        """Removes the models that hospitals have evaluated: each is as large as the base model."""
+        shutil.rmtree(self.version(version) / "restored", ignore_errors=True)
 
     def release(self, version: str) -> Path:
         return self._path("releases", version)
@@ -284,12 +309,17 @@ class Store:
         shutil.rmtree(self._erased(version), ignore_errors=True)
 
     def erase_blob(self, hospital: str, sha256: str) -> None:
-        """Removes a vector's file.
+        """Removes a vector's file, and the statistics beside it.
 
         Raises:
             StoreMissing: there is no telling whether it is there.
         """
         self.check()
+        folder = self._statistics(hospital)
+        for statistics in folder.glob(f"{sha256.removeprefix('sha256:')}.*"):
+            statistics.unlink(missing_ok=True)
+        if folder.is_dir():
+            fsync(folder)
         path = self.blob(hospital, sha256)
         path.unlink(missing_ok=True)
         if path.parent.is_dir():
@@ -298,13 +328,15 @@ class Store:
     # --- files without an object
 
     def blobs(self) -> set[tuple[str, str]]:
-        """Hospital and SHA-256 of every committed vector, but those whose object is about to be made."""
+        """Hospital and SHA-256 of every vector with files, but those whose object is about to be made."""
         coming = {(path.parent.name, path.name) for path in (self.root / "uploads").glob("*/*")}
         for path in (self.root / "outbox").glob("*.json"):
             with contextlib.suppress(FileNotFoundError):  # the receiver has just sent it
                 spec = json.loads(path.read_text())["spec"]
                 coming.add((spec["hospital"], spec["artifact"]["digest"].removeprefix("sha256:")))
-        return {(path.parent.name, path.name) for path in (self.root / "blobs").glob("*/*")} - coming
+        vectors = {(path.parent.name, path.name) for path in (self.root / "blobs").glob("*/*")}
+        statistics = {(path.parent.name, path.name.split(".")[0]) for path in (self.root / "statistics").glob("*/*")}
+        return (vectors | statistics) - coming
 
     def versions(self) -> set[str]:
         """Names of the versions with files."""

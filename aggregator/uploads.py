@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import re
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from aggregator.appending import SHA256, Read, append, interrupted
 from aggregator.ending import Ending, endable
 from aggregator.metrics import Metrics
 from aggregator.registry import Registry
@@ -39,22 +39,16 @@ from datavector.errors import (
     ProtocolError,
     QuotaExceeded,
     Refused,
-    TryAgain,
-    WrongDigest,
     WrongLayout,
 )
 from datavector.files import disk_full_at, fsync, sha256_file, write_json
 from datavector.model import BaseModel
 from datavector.vector import VectorScanner
-from datavector.wire.chunks import CHUNK, read_request
 from datavector.wire.v1.exchange_pb2 import BeginUploadReply, VectorInfo
 
 Key = tuple[str, str]
-Read = Callable[[], Awaitable[bytes | None]]
 
 MOST_VECTORS = 2**31  # that a hospital may have numbered
-
-_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class Arrival:
             WrongLayout: the size is not that of this base model's vectors.
         """
         sound = 1 <= info.sequence <= MOST_VECTORS and 1 <= info.sample_count <= MOST_IMAGES
-        if not _SHA256.fullmatch(info.sha256) or not sound:
+        if not SHA256.fullmatch(info.sha256) or not sound:
             raise ProtocolError(
                 f"a vector was announced with SHA-256 {info.sha256[:80]!r}, sequence {info.sequence} and "
                 f"{info.sample_count} samples",
@@ -191,7 +185,8 @@ class Uploads:
             async with endable() as ending:
                 stream = self._streams[arrival.key] = Stream(arrival, ending)
                 try:
-                    await self._append(stream, folder / PART, offset, read)
+                    scanner = VectorScanner(arrival.base.vector_layout)
+                    await append(folder / PART, offset, read, scanner, arrival.sha256, ending, self._metrics)
                     # The commit goes on even if the call ends here: a hospital that lost the answer asks again.
                     stream.commit = asyncio.create_task(self._commit(stream, folder / PART))
                     vector = await asyncio.shield(stream.commit)
@@ -307,7 +302,7 @@ class Uploads:
         """Makes room for a new stream of this vector within the hospital's quota."""
         older = self._streams.pop(arrival.key, None)
         if older:
-            older.end(_interrupted("another stream of this vector took over"))
+            older.end(interrupted("another stream of this vector took over"))
         self._check_quota(arrival.hospital)
         streaming = {sha256 for hospital, sha256 in self._streams if hospital == arrival.hospital}
         if len(streaming) >= self._max_open:
@@ -335,39 +330,6 @@ class Uploads:
             self._store.erase_blob(hospital, folder.name)
         shutil.rmtree(folder, ignore_errors=True)
 
-    # --- The bytes
-
-    async def _append(self, stream: Stream, path: Path, offset: int, read: Read) -> None:
-        """Checks and appends what comes, until a final record that fits."""
-        arrival = stream.arrival
-        scanner = VectorScanner(arrival.base.vector_layout)
-        with disk_full_at(path), path.open("ab", buffering=0) as file:
-            if file.tell() != offset:
-                raise _interrupted(f"the upload goes on from byte {file.tell()}, not {offset}")
-            if offset:
-                await asyncio.to_thread(_rescan, path, scanner)
-                self._metrics.resumed_bytes.inc(offset)
-            while True:
-                message = await read()
-                stream.ending.check()
-                if message is None:
-                    raise _interrupted("the stream ended without its final record")
-                part = read_request(message)
-                if not isinstance(part, memoryview):
-                    break
-                scanner.feed(part)
-                self._metrics.received_bytes.inc(len(part))
-                while part:
-                    part = part[file.write(part) :]
-        if part.WhichOneof("part") != "final":
-            raise ProtocolError("an upload was opened twice", remedy="send open, chunks, final")
-        scanner.finish(size=part.final.size, sha256=part.final.sha256)
-        if part.final.sha256 != arrival.sha256:
-            raise WrongDigest(
-                f"the vector was announced with SHA-256 {arrival.sha256}, but ended with {part.final.sha256}",
-                remedy="the file changed while it was sent: send it again",
-            )
-
     async def _commit(self, stream: Stream, path: Path) -> DataVector:
         try:
             with disk_full_at(path):
@@ -394,17 +356,6 @@ class Uploads:
     def _close(self, stream: Stream) -> None:
         if self._streams.get(stream.arrival.key) is stream:
             del self._streams[stream.arrival.key]
-
-
-def _interrupted(reason: str) -> TryAgain:
-    return TryAgain(reason, remedy="what arrived is kept: go on from the durable offset")
-
-
-def _rescan(path: Path, scanner: VectorScanner) -> None:
-    """Passes what has arrived through the scanner again: a resumed upload is checked from its first byte."""
-    with path.open("rb", buffering=0) as file:
-        while block := file.read(CHUNK):
-            scanner.feed(block)
 
 
 def _record_to_be(folder: Path) -> DataVector | None:

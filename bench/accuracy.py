@@ -46,6 +46,7 @@ from datavector.layout import write_tensors
 from datavector.merge import MergeInput, body_id, gram_matrix, merge_vectors
 from datavector.merge.batchnorm import Moments, pool_layers, restore
 from datavector.merge.restored import write_tuned
+from datavector.merge.statistics import FISHER, REGMEAN
 from datavector.model import BaseModel
 from datavector.networks import build, create_base, export_tensors, head_tensors, load_file, preprocess
 from datavector.vector import open_vector, write_vector
@@ -60,7 +61,6 @@ BODIES: tuple[tuple[str, dict[str, float]], ...] = (
     ("iso-c", {"scale": 1.25}),
     ("fisher", {}),
     ("regmean", {}),
-    ("tsv", {}),
     ("model-stock", {}),
     ("geometric-median", {}),
     ("median", {}),
@@ -218,17 +218,12 @@ class Study:
         if not regmean.is_file():
             result = train(self.base, training, validation, self.settings, folder)
             write_vector(vector, self.base, result.tensors(self.base))
-            network = self._build(result.weights)
-            write_fisher(fisher, network, self.base, self._few(training), device=self.device)
-            write_regmean(regmean, network, self.base, training, device=self.device)
+            network, few = self._build(result.weights), choose_images(len(training), FISHER_IMAGES, self.cell.seed)
+            write_fisher(fisher, network, self.base, training.images[few], training.labels[few], device=self.device)
+            write_regmean(regmean, network, self.base, training.images, device=self.device)
             print(f"  {self.cell.name}: trained {name}", flush=True)
         number = sorted(self.training).index(name) + 100 * rotate
-        return MergeInput(vector, f"sha256:{number:064x}", len(training), fisher, regmean)
-
-    def _few(self, images: ImageSet) -> ImageSet:
-        chosen = choose_images(len(images), FISHER_IMAGES, self.cell.seed)
-        records = tuple(images.records[index] for index in chosen.tolist())
-        return replace(images, images=images.images[chosen], labels=images.labels[chosen], records=records)
+        return MergeInput(vector, f"sha256:{number:064x}", len(training), {FISHER: fisher, REGMEAN: regmean})
 
     def _single(self, vector: MergeInput) -> dict[str, torch.Tensor]:
         tuned = self.folder / "tuned"

@@ -22,13 +22,13 @@ from safetensors.numpy import load_file, save_file
 
 from datavector.layout import FLOAT, FloatArray, write_tensors
 from datavector.merge import MergeInput, find, merge_vectors, methods
-from datavector.merge.regmean import fisher_layout, regmean_layout
+from datavector.merge.statistics import layout_of
 from datavector.model import BaseModel, Input, save_base
 
 WIDTH, DEPTH, TOKENS, PATCH = 768, 12, 197, 16
 CHUNK = 1 << 20
 REPEATS = 3
-SLOW = ("tsv", "regmean")  # measured once
+SLOW = ("regmean",)  # measured once
 MERGEKIT = "0.1.5"
 HOME = Path.home() / ".cache" / "datavector" / "bench" / "mergekit"
 # Methods of both tools with the same definition; of dare only the distribution is the same.
@@ -230,10 +230,10 @@ def _with_statistics(base: BaseModel, each: MergeInput, kind: str) -> MergeInput
     """All hospitals share one file of statistics: what is measured is reading it as often as there are hospitals."""
     path = base.path / kind
     if not path.is_file():
-        layout = fisher_layout(base) if kind == "fisher" else regmean_layout(base)
+        layout = layout_of(kind, base)
         random = np.random.default_rng(0)
         write_tensors(path, layout, (random.random(spec.shape, dtype=FLOAT) for spec in layout.tensors))
-    return MergeInput(each.path, each.digest, fisher=path, regmean=path)
+    return MergeInput(each.path, each.digest, statistics={kind: path})
 
 
 def _peak_rss() -> float:

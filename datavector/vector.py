@@ -51,13 +51,19 @@ def open_vector(path: Path, base: BaseModel) -> TensorFile:
 
 
 class VectorScanner:
-    """Checks a vector while its bytes pass by, in any division into chunks.
+    """Checks a vector while its bytes pass by, in any division into chunks; or other tensors of a known layout.
 
     Feed it every byte from the first on, then call `finish`. Memory is one chunk, whatever the vector's size.
+
+    Args:
+        what: the file's name in errors.
+        least: that a value may be.
     """
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, what: str = "vector", least: float = -LARGEST) -> None:
         self.layout = layout
+        self.what = what
+        self.least = least
         self.offset = 0
         self._digest = hashlib.sha256()
         self._carry = b""  # bytes of a float that a chunk's end cut in two
@@ -67,20 +73,20 @@ class VectorScanner:
 
         Raises:
             WrongLayout: the header differs, or the file is too long.
-            NotFinite: a value is NaN, infinite or beyond LARGEST.
+            NotFinite: a value is NaN, infinite, below `least` or above LARGEST.
         """
         header, begin = self.layout.header, self.offset
         self.offset += len(chunk)
         if self.offset > self.layout.size:
             raise WrongLayout(
-                f"the vector is longer than the {self.layout.size} bytes that its model demands",
-                remedy="send a vector of the base model that the aggregator merges",
+                f"the {self.what} is longer than the {self.layout.size} bytes that its model demands",
+                remedy=f"send a {self.what} of the base model that the aggregator merges",
             )
         in_header = memoryview(chunk)[: max(len(header) - begin, 0)]
         if in_header != header[begin : begin + len(in_header)]:
             raise WrongLayout(
-                "the vector's header is not the one that its model demands",
-                remedy="send a vector of the base model that the aggregator merges; a different architecture, "
+                f"the {self.what}'s header is not the one that its model demands",
+                remedy=f"send a {self.what} of the base model that the aggregator merges; a different architecture, "
                 "class list or software version gives another header",
             )
         self._demand_finite(memoryview(chunk)[len(in_header) :])
@@ -96,7 +102,7 @@ class VectorScanner:
             raise WrongDigest(
                 f"{self.offset} bytes arrived with SHA-256 {self._digest.hexdigest()}, "
                 f"announced were {size} bytes with {sha256}",
-                remedy="the bytes changed on the way or on disk: send the vector again from its start",
+                remedy=f"the bytes changed on the way or on disk: send the {self.what} again from its start",
             )
 
     def _demand_finite(self, payload: memoryview) -> None:
@@ -105,10 +111,11 @@ class VectorScanner:
         whole = len(payload) - len(payload) % FLOAT.itemsize
         self._carry = bytes(payload[whole:])
         values = np.frombuffer(payload[:whole], dtype=FLOAT)
-        if not -LARGEST <= values.min(initial=0.0) <= values.max(initial=0.0) <= LARGEST:  # a NaN is in no order
+        if not self.least <= values.min(initial=0.0) <= values.max(initial=0.0) <= LARGEST:  # a NaN is in no order
             raise NotFinite(
-                f"the vector holds NaN, infinity or a value beyond {LARGEST:g} before byte {self.offset}",
-                remedy="training diverged: lower learning_rate and train again",
+                f"the {self.what} holds NaN, infinity or a value beyond {self.least:g} to {LARGEST:g} before byte "
+                f"{self.offset}",
+                remedy="if training diverged, lower learning_rate, and train again",
             )
 
 

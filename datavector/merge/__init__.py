@@ -11,10 +11,10 @@ from datavector.merge import krum as krum
 from datavector.merge import mean as mean
 from datavector.merge import median as median
 from datavector.merge import model_stock as model_stock
+from datavector.merge import regmean as regmean
 from datavector.merge import sum as sum
 from datavector.merge import ties as ties
 from datavector.merge import trimmed_mean as trimmed_mean
-from datavector.merge import tsv as tsv
 from datavector.merge import weighted_mean as weighted_mean
 from datavector.merge.engine import MergeInput, gram_matrix, merge_digest, merge_tensors, merge_vectors
 from datavector.merge.registry import Chosen, body_id, choose, find, method, methods

@@ -54,16 +54,14 @@ class Cohort:
         sources: each hospital's vector.
         samples: each hospital's training images.
         keys: a text for each hospital that says whose vector it is: its digest, or its place.
-        fisher: each hospital's Fisher information; empty where it is not read.
-        regmean: each hospital's input Gram matrices; empty where they are not read.
+        statistics: each hospital's, of the kind that the method reads; empty where it reads none.
     """
 
     tensors: tuple[TensorSpec, ...]
     sources: tuple[Tensors, ...]
     samples: tuple[int, ...]
     keys: tuple[str, ...]
-    fisher: tuple[Tensors, ...] = ()
-    regmean: tuple[Tensors, ...] = ()
+    statistics: tuple[Tensors, ...] = ()
 
     def __len__(self) -> int:
         return len(self.sources)

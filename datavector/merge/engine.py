@@ -11,7 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,8 +24,8 @@ from datavector.layout import FLOAT, FloatArray, Layout, TensorFile, TensorSpec
 from datavector.merge.cohort import Block, Cohort, Tensors, WholeTensor
 from datavector.merge.parallel import in_threads
 from datavector.merge.registry import Chosen, Merge, choose
-from datavector.merge.regmean import fisher_layout, regmean_layout
 from datavector.merge.shares import Share, SharedFile
+from datavector.merge.statistics import layout_of
 from datavector.model import BaseModel, is_statistic
 from datavector.vector import open_vector
 
@@ -44,15 +44,13 @@ class MergeInput:
         path: the vector file.
         digest: "sha256:<hex>" of the file; "" to have it computed where the method needs it.
         samples: training images, the weight of methods that weigh.
-        fisher: file of the diagonal Fisher information, where the hospital sent one.
-        regmean: file of the layers' input Gram matrices, where the hospital sent one.
+        statistics: by kind, the files that the hospital sent beside it.
     """
 
     path: Path
     digest: str = ""
     samples: int = 1
-    fisher: Path | None = None
-    regmean: Path | None = None
+    statistics: Mapping[str, Path] = field(default_factory=dict)
 
 
 class Output(Protocol):
@@ -164,7 +162,7 @@ def _read_of(each: MergeInput, chosen: Chosen) -> list[str | int]:
     """What a method reads of an input, as digests and numbers."""
     found: list[str | int] = [each.digest or f"sha256:{sha256_file(each.path)}"]
     found.append(each.samples if chosen.method.weighs else 1)
-    statistics = {"fisher": each.fisher, "regmean": each.regmean}.get(chosen.method.statistics)
+    statistics = each.statistics.get(chosen.method.statistics)
     return [*found, sha256_file(statistics)] if statistics else found
 
 
@@ -186,23 +184,20 @@ def _open(base: BaseModel, inputs: Sequence[MergeInput], chosen: Chosen, files: 
     if not inputs:
         raise MergeError("there are no vectors to merge", remedy="wait until a hospital has sent one")
 
-    def statistics(kind: str, paths: list[Path | None], layout: Layout) -> tuple[Tensors, ...]:
-        if chosen.method.statistics != kind:
-            return ()
-        if missing := [str(each.path) for each, path in zip(inputs, paths, strict=True) if path is None]:
+    kind, statistics = chosen.method.statistics, list[TensorFile]()
+    for each in inputs if kind else ():
+        if kind not in each.statistics:
             raise MergeError(
-                f"{chosen.method.name} reads statistics that {missing[0]} comes without",
-                remedy="let the hospital send them with its vector, or use another method",
+                f"{chosen.method.name} reads statistics that {each.path} comes without",
+                remedy="let the hospital send them, or use another method",
             )
-        return tuple(files.enter_context(TensorFile(path, layout)) for path in paths if path is not None)
-
+        statistics.append(files.enter_context(TensorFile(each.statistics[kind], layout_of(kind, base))))
     return Cohort(
         tensors=tuple(spec for spec in base.layout.tensors if not is_statistic(spec.name)),
         sources=tuple(files.enter_context(open_vector(each.path, base)) for each in inputs),
         samples=tuple(each.samples for each in inputs),
         keys=tuple(each.digest for each in inputs),
-        fisher=statistics("fisher", [each.fisher for each in inputs], fisher_layout(base)),
-        regmean=statistics("regmean", [each.regmean for each in inputs], regmean_layout(base)),
+        statistics=tuple(statistics),
     )
 
 
@@ -259,8 +254,9 @@ class _Work:
         """Merges and writes some pieces, in buffers of their own; returns their elements."""
         largest = max(piece.count for piece in pieces)
         weights: FloatArray = np.empty(largest, dtype=FLOAT)
-        rows = np.empty((0 if self.chosen.method.whole else len(self.cohort), largest), dtype=FLOAT)
-        statistics = np.empty((len(self.cohort.fisher), largest), dtype=FLOAT)
+        sources = () if self.chosen.method.whole else self.cohort.sources
+        rows = np.empty((len(sources), largest), dtype=FLOAT)
+        statistics = np.empty((len(sources and self.cohort.statistics), largest), dtype=FLOAT)
         for piece in pieces:
             count = slice(piece.count)
             self._merge(piece, weights[count], rows[:, count], statistics[:, count])
@@ -273,8 +269,8 @@ class _Work:
             part: WholeTensor | Block = WholeTensor(piece.tensor, self.cohort)
         else:
             _read(self.cohort.sources, rows, piece)
-            _read(self.cohort.fisher, statistics, piece)
-            part = Block(rows, name, piece.start, statistics if self.cohort.fisher else None)
+            _read(self.cohort.statistics, statistics, piece)
+            part = Block(rows, name, piece.start, statistics if self.cohort.statistics else None)
         with np.errstate(over="ignore", invalid="ignore"):
             weights += self.merge(part).reshape(-1)
         if not np.isfinite(weights).all():

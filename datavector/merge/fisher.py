@@ -12,9 +12,10 @@ from datavector.layout import FLOAT, FloatArray
 from datavector.merge.cohort import Block, DoubleArray
 from datavector.merge.exact import exact_sum
 from datavector.merge.registry import Scale, method
+from datavector.merge.statistics import FISHER
 
 
-@method("fisher", statistics="fisher")
+@method("fisher", statistics=FISHER)
 def fisher(block: Block, *, scale: Scale = 1.0) -> FloatArray:
     """The mean weighted by Fisher information; the plain mean where nobody's model depends on an element.
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,6 @@ from datavector.layout import FLOAT, FloatArray
 from datavector.merge.exact import sorted_sum
 
 DoubleArray = NDArray[np.float64]
-Kind = Literal["lda", "ridge"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,15 +72,12 @@ def missing_classes(moments: FeatureMoments) -> list[int]:
     return [int(index) for index in np.flatnonzero(moments.counts == 0)]
 
 
-def solve_head(
-    moments: FeatureMoments, *, strength: float = 1.0, kind: Kind = "ridge"
-) -> tuple[FloatArray, FloatArray]:
+def solve_head(moments: FeatureMoments, *, strength: float = 1.0) -> tuple[FloatArray, FloatArray]:
     """The head that the moments determine.
 
     Args:
         moments: of everybody together; every class has images.
         strength: shrinkage of the covariance: added to its diagonal, in units of its mean diagonal element.
-        kind: linear discriminants, or a ridge regression on the classes with each class weighing the same.
     Returns:
         float32: weight, shape (classes, features), and bias, shape (classes,).
     Raises:
@@ -97,21 +92,14 @@ def solve_head(
     within = (moments.second - means.T @ (moments.counts[:, None] * means)) / moments.counts.sum()
     centre = means.mean(axis=0)
     offsets = means - centre  # the centre only moves all logits by the same amount: taken out for precision
-    if kind == "ridge":
-        within = within + offsets.T @ offsets / classes
+    covariance = within + offsets.T @ offsets / classes
     rounding = np.finfo(np.float64).eps * np.trace(moments.second) / moments.counts.sum()
-    within[np.diag_indices(features)] += strength * (max(np.trace(within), rounding) or 1.0) / features
-    weight = np.linalg.solve(within, offsets.T).T
-    bias = -weight @ centre
-    if kind == "lda":
-        bias -= 0.5 * np.sum(weight * offsets, axis=1)
-    else:
-        # A regression's answers are within [0, 1]: made as sure as a discriminant of the projected classes is.
-        gaps = np.sum(weight * offsets)
-        spreads = np.sum((weight @ within) * weight)
-        scale = gaps / spreads if spreads > 0 else 1.0
-        weight, bias = scale * weight, scale * bias
-    return weight.astype(FLOAT), bias.astype(FLOAT)
+    covariance[np.diag_indices(features)] += strength * (max(np.trace(covariance), rounding) or 1.0) / features
+    weight = np.linalg.solve(covariance, offsets.T).T
+    # A regression's answers are within [0, 1]: made as sure as a discriminant of the projected classes is.
+    gaps, spreads = np.sum(weight * offsets), np.sum((weight @ covariance) * weight)
+    weight = (gaps / spreads if spreads > 0 else 1.0) * weight
+    return weight.astype(FLOAT), (-weight @ centre).astype(FLOAT)
 
 
 def _sum(arrays: Sequence[DoubleArray]) -> DoubleArray:

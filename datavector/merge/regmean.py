@@ -10,15 +10,15 @@ from typing import Annotated
 
 import numpy as np
 
-from datavector.layout import FLOAT, FloatArray, Layout, TensorSpec
+from datavector.layout import FLOAT, FloatArray
 from datavector.merge.cohort import WholeTensor, as_matrix
 from datavector.merge.registry import Range, Scale, method
-from datavector.model import BaseModel
+from datavector.merge.statistics import REGMEAN
 
 RIDGE = 1e-6  # of the mean diagonal: inputs that no hospital has seen stay as they are
 
 
-@method("regmean", whole=True, statistics="regmean")
+@method("regmean", whole=True, statistics=REGMEAN)
 def regmean(tensor: WholeTensor, *, offdiagonal: Annotated[float, Range(0, 1)] = 0.9, scale: Scale = 1.0) -> FloatArray:
     """Solves (sum of G_j) W = sum of (G_j W_j) for the merged change of each weight.
 
@@ -35,22 +35,10 @@ def regmean(tensor: WholeTensor, *, offdiagonal: Annotated[float, Range(0, 1)] =
     total, answers = np.zeros((shape[1], shape[1])), np.zeros(shape)
     for hospital in range(hospitals):
         gram: FloatArray = np.empty(shape[1] ** 2, dtype=FLOAT)
-        tensor.cohort.regmean[hospital].read_slice(gram, tensor.spec.name, 0)
+        tensor.cohort.statistics[hospital].read_slice(gram, tensor.spec.name, 0)
         inner = offdiagonal * gram.reshape(shape[1], shape[1]).astype(np.float64)
         np.fill_diagonal(inner, gram[:: shape[1] + 1])
         total += inner
         answers += tensor.read(hospital).reshape(shape) @ inner
     total += np.eye(shape[1]) * (RIDGE * np.trace(total) / shape[1] or 1.0)
     return (scale * np.linalg.solve(total, answers.T).T).reshape(tensor.spec.shape).astype(FLOAT)
-
-
-def regmean_layout(base: BaseModel) -> Layout:
-    """Of a hospital's file: for each weight that is a matrix, the Gram matrix of its inputs, (inputs, inputs)."""
-    matrices = [(spec.name, as_matrix(spec.shape)) for spec in base.layout.tensors]
-    tensors = tuple(TensorSpec(name, (shape[1], shape[1])) for name, shape in matrices if shape is not None)
-    return Layout(tensors).with_metadata(format="datavector-regmean/1", base=base.digest)
-
-
-def fisher_layout(base: BaseModel) -> Layout:
-    """Of a hospital's file: the diagonal Fisher information of every tensor, in its shape."""
-    return base.layout.with_metadata(format="datavector-fisher/1", base=base.digest)

@@ -19,7 +19,8 @@ class Lineage:
     Attributes:
         version: its name.
         created: RFC 3339 text; the only time that a release contains.
-        inputs: one entry a vector, with the keys of a ModelVersion's inputs: dataVector, hospital, digest, sampleCount.
+        inputs: one entry a vector, with the keys of a ModelVersion's inputs: dataVector, hospital, digest, sampleCount,
+            and `statistics` where the method read some.
         inputs_hash: the hash that names the version.
         method: name of the merge method.
         parameters: of the method.
@@ -61,6 +62,7 @@ def describe(lineage: Lineage, base: BaseModel, *, opset: int, parity: Mapping[s
                 "hospital": entry["hospital"],
                 "digest": entry["digest"],
                 "sampleCount": entry["sampleCount"],
+                "statistics": entry.get("statistics", {}),
             }
             for entry in lineage.inputs
         ],

@@ -15,9 +15,10 @@ from aggregator.reconcile import EXIT_PASSING, Base, World, desired_version, eli
 from aggregator.resources import ModelVersion, Phase, utc_now
 from aggregator.store import Store, Visit
 from datavector.files import sha256_file
-from datavector.layout import TensorFile
+from datavector.layout import TensorFile, write_tensors
 from datavector.merge.batchnorm import Moments, pool, restore
 from datavector.merge.restored import write_restored
+from datavector.merge.statistics import FISHER, layout_of
 from datavector.model import BaseModel, is_statistic
 from datavector.vector import open_vector
 from tests.aggregator.objects import policy
@@ -41,7 +42,10 @@ def start(store, small_base, deliver):
             deliver(store, base, name, images=100 * number)
             for number, name in enumerate(hospitals or HOSPITALS, start=1)
         )
-        world = World(policy(base=base.digest, **rules), Base(base.digest, has_batchnorm=True), vectors)
+        statistics = rules.pop("statistics", {})
+        world = World(
+            policy(base=base.digest, **rules), Base(base.digest, has_batchnorm=True), vectors, statistics=statistics
+        )
         version = desired_version(world, eligible(world)).with_phase(
             Phase.RELEASING, now=utc_now(), quorum=rules.get("quorum", 0)
         )
@@ -66,6 +70,10 @@ def visit(base: BaseModel, hospital: str, images: int, *, rounds: int = 1) -> Vi
         for layer, n in channels.items()
     }
     return Visit(hospital, images, rounds, moments)
+
+
+def damaged(content: bytes) -> bytes:
+    return content[:-1] + bytes([content[-1] ^ 1])
 
 
 # --- merge
@@ -115,7 +123,7 @@ def test_a_blob_that_is_not_what_was_recorded_fails_the_merge_with_a_sentence(st
     entry = version.spec.inputs[1]
     blob = store.blob(entry.hospital, entry.digest)
     content = blob.read_bytes()
-    blob.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if damage == "altered" else content[:-4])
+    blob.write_bytes(damaged(content) if damage == "altered" else content[:-4])
     if damage == "gone":
         blob.unlink()
     done = run(store, version, "merge")
@@ -126,6 +134,34 @@ def test_a_blob_that_is_not_what_was_recorded_fails_the_merge_with_a_sentence(st
     )
     assert store.report(version.name, "merge") is None
     assert not store.merged(version.name, "sum").exists()
+
+
+def test_statistics_are_read_and_altered_ones_fail_the_merge_with_a_sentence(store, start, small_base):
+    vectors, layout = start().spec.inputs, layout_of(FISHER, small_base)
+    for number, entry in enumerate(vectors):
+        part = store.root / "part"
+        write_tensors(part, layout, (np.full(spec.shape, 1.0 + number, np.float32) for spec in layout.tensors))
+        target = store.statistics_file(entry.hospital, entry.digest, FISHER, sha256_file(part))
+        target.parent.mkdir()
+        part.rename(target)
+    statistics = {entry.data_vector: store.statistics(entry.hospital, entry.digest) for entry in vectors}
+    version = start(method="fisher", statistics=statistics)
+    assert run(store, version, "merge").returncode == 0
+    with TensorFile(store.merged(version.name, "fisher"), small_base.layout) as merged, small_base.open() as before:
+        change = merged.read("head.weight") - before.read("head.weight")
+    weighted = np.zeros_like(change, dtype=np.float64)
+    for number, entry in enumerate(vectors):
+        with open_vector(store.blob(entry.hospital, entry.digest), small_base) as vector:
+            weighted += (1.0 + number) * vector.read("head.weight") / 6
+    np.testing.assert_allclose(change, weighted, atol=1e-6)
+
+    (store.version(version.name) / "report-merge.json").unlink()
+    entry = version.spec.inputs[0]
+    file = store.statistics_file(entry.hospital, entry.digest, FISHER, entry.statistics[FISHER])
+    file.write_bytes(damaged(file.read_bytes()))
+    done = run(store, version, "merge")
+    assert done.returncode == 1
+    assert f"the stored file of fisher statistics of {entry.data_vector} is missing or altered" in done.stderr
 
 
 def test_an_unknown_method_is_named(store, start):

@@ -195,7 +195,7 @@ def test_nobody_sees_half_an_erased_release_and_erasing_goes_on_after_a_kill(sto
 
 def test_what_hospitals_sent_is_for_the_aggregators_user_alone(store):
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in store.root.iterdir()}
-    assert {name for name, mode in modes.items() if mode & 0o077 == 0} == {"uploads", "blobs", "versions"}
+    assert {name for name, mode in modes.items() if mode & 0o077 == 0} == {"uploads", "blobs", "statistics", "versions"}
 
 
 def test_a_version_that_cannot_be_erased_is_an_error(store):

@@ -13,10 +13,12 @@ class TaskKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     TASK_KIND_RECALIBRATE_VISIT: _ClassVar[TaskKind]
     TASK_KIND_RECALIBRATE_MEETING: _ClassVar[TaskKind]
     TASK_KIND_EVALUATE: _ClassVar[TaskKind]
+    TASK_KIND_STATISTICS: _ClassVar[TaskKind]
 TASK_KIND_UNSPECIFIED: TaskKind
 TASK_KIND_RECALIBRATE_VISIT: TaskKind
 TASK_KIND_RECALIBRATE_MEETING: TaskKind
 TASK_KIND_EVALUATE: TaskKind
+TASK_KIND_STATISTICS: TaskKind
 
 class FileInfo(_message.Message):
     __slots__ = ("name", "size", "sha256")
@@ -111,12 +113,14 @@ class UploadRequest(_message.Message):
     def __init__(self, open: _Optional[_Union[UploadOpen, _Mapping]] = ..., chunk: _Optional[bytes] = ..., final: _Optional[_Union[UploadFinal, _Mapping]] = ...) -> None: ...
 
 class UploadOpen(_message.Message):
-    __slots__ = ("vector", "offset")
+    __slots__ = ("vector", "offset", "statistics")
     VECTOR_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    STATISTICS_FIELD_NUMBER: _ClassVar[int]
     vector: VectorInfo
     offset: int
-    def __init__(self, vector: _Optional[_Union[VectorInfo, _Mapping]] = ..., offset: _Optional[int] = ...) -> None: ...
+    statistics: StatisticsInfo
+    def __init__(self, vector: _Optional[_Union[VectorInfo, _Mapping]] = ..., offset: _Optional[int] = ..., statistics: _Optional[_Union[StatisticsInfo, _Mapping]] = ...) -> None: ...
 
 class UploadFinal(_message.Message):
     __slots__ = ("size", "sha256")
@@ -149,7 +153,7 @@ class WithdrawReply(_message.Message):
     def __init__(self, vectors: _Optional[_Iterable[str]] = ..., revoked_versions: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Task(_message.Message):
-    __slots__ = ("id", "kind", "version", "base_digest", "weights", "round", "class_floor")
+    __slots__ = ("id", "kind", "version", "base_digest", "weights", "round", "class_floor", "statistics", "vector_sha256")
     ID_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -157,6 +161,8 @@ class Task(_message.Message):
     WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     ROUND_FIELD_NUMBER: _ClassVar[int]
     CLASS_FLOOR_FIELD_NUMBER: _ClassVar[int]
+    STATISTICS_FIELD_NUMBER: _ClassVar[int]
+    VECTOR_SHA256_FIELD_NUMBER: _ClassVar[int]
     id: str
     kind: TaskKind
     version: str
@@ -164,7 +170,9 @@ class Task(_message.Message):
     weights: _containers.RepeatedCompositeFieldContainer[FileInfo]
     round: int
     class_floor: int
-    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., version: _Optional[str] = ..., base_digest: _Optional[str] = ..., weights: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., round: _Optional[int] = ..., class_floor: _Optional[int] = ...) -> None: ...
+    statistics: str
+    vector_sha256: str
+    def __init__(self, id: _Optional[str] = ..., kind: _Optional[_Union[TaskKind, str]] = ..., version: _Optional[str] = ..., base_digest: _Optional[str] = ..., weights: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., round: _Optional[int] = ..., class_floor: _Optional[int] = ..., statistics: _Optional[str] = ..., vector_sha256: _Optional[str] = ...) -> None: ...
 
 class ListTasksRequest(_message.Message):
     __slots__ = ()
@@ -239,6 +247,16 @@ class VisitReply(_message.Message):
     WAITING_FOR_FIELD_NUMBER: _ClassVar[int]
     waiting_for: str
     def __init__(self, waiting_for: _Optional[str] = ...) -> None: ...
+
+class StatisticsInfo(_message.Message):
+    __slots__ = ("task_id", "sha256", "size")
+    TASK_ID_FIELD_NUMBER: _ClassVar[int]
+    SHA256_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    task_id: str
+    sha256: str
+    size: int
+    def __init__(self, task_id: _Optional[str] = ..., sha256: _Optional[str] = ..., size: _Optional[int] = ...) -> None: ...
 
 class EvaluateRequest(_message.Message):
     __slots__ = ("task_id", "models")

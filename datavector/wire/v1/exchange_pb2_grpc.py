@@ -79,6 +79,16 @@ class ExchangeStub(object):
                 request_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetRequest.SerializeToString,
                 response_deserializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetReply.FromString,
                 _registered_method=True)
+        self.BeginStatistics = channel.unary_unary(
+                '/datavector.v1.Exchange/BeginStatistics',
+                request_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.StatisticsInfo.SerializeToString,
+                response_deserializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.BeginUploadReply.FromString,
+                _registered_method=True)
+        self.SendStatistics = channel.stream_unary(
+                '/datavector.v1.Exchange/SendStatistics',
+                request_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.UploadRequest.SerializeToString,
+                response_deserializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.UploadReply.FromString,
+                _registered_method=True)
         self.Evaluate = channel.unary_unary(
                 '/datavector.v1.Exchange/Evaluate',
                 request_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.EvaluateRequest.SerializeToString,
@@ -158,6 +168,20 @@ class ExchangeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BeginStatistics(self, request, context):
+        """The durable offset from which SendStatistics goes on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SendStatistics(self, request_iterator, context):
+        """What a merge method reads beside a vector, for a task of that kind: open, chunk*, final, as in Upload.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Evaluate(self, request, context):
         """What the caller found for each model of an evaluation task: counts, of all models or none.
         """
@@ -219,6 +243,16 @@ def add_ExchangeServicer_to_server(servicer, server):
                     servicer.Meet,
                     request_deserializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetRequest.FromString,
                     response_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetReply.SerializeToString,
+            ),
+            'BeginStatistics': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginStatistics,
+                    request_deserializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.StatisticsInfo.FromString,
+                    response_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.BeginUploadReply.SerializeToString,
+            ),
+            'SendStatistics': grpc.stream_unary_rpc_method_handler(
+                    servicer.SendStatistics,
+                    request_deserializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.UploadRequest.FromString,
+                    response_serializer=datavector_dot_wire_dot_v1_dot_exchange__pb2.UploadReply.SerializeToString,
             ),
             'Evaluate': grpc.unary_unary_rpc_method_handler(
                     servicer.Evaluate,
@@ -474,6 +508,60 @@ class Exchange(object):
             '/datavector.v1.Exchange/Meet',
             datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetRequest.SerializeToString,
             datavector_dot_wire_dot_v1_dot_exchange__pb2.MeetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginStatistics(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/datavector.v1.Exchange/BeginStatistics',
+            datavector_dot_wire_dot_v1_dot_exchange__pb2.StatisticsInfo.SerializeToString,
+            datavector_dot_wire_dot_v1_dot_exchange__pb2.BeginUploadReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SendStatistics(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/datavector.v1.Exchange/SendStatistics',
+            datavector_dot_wire_dot_v1_dot_exchange__pb2.UploadRequest.SerializeToString,
+            datavector_dot_wire_dot_v1_dot_exchange__pb2.UploadReply.FromString,
             options,
             channel_credentials,
             insecure,

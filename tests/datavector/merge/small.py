@@ -9,7 +9,7 @@ import numpy as np
 from datavector.files import sha256_file
 from datavector.layout import TensorFile, write_tensors
 from datavector.merge import MergeInput, merge_vectors
-from datavector.merge.regmean import fisher_layout, regmean_layout
+from datavector.merge.statistics import FISHER, REGMEAN, layout_of
 from datavector.model import BaseModel, Input, save_base
 
 SHAPES = {
@@ -47,11 +47,12 @@ def small_input(folder: Path, base: BaseModel, seed: int, scale: float = 0.01) -
     specs = base.layout.tensors
     taus = [scale * (shared.standard_normal(each.shape) + random.standard_normal(each.shape)) for each in specs]
     write_tensors(path, base.vector_layout, (tau.astype(np.float32) for tau in taus))
-    write_tensors(fisher, fisher_layout(base), (random.random(each.shape).astype(np.float32) for each in specs))
-    layout = regmean_layout(base)
+    write_tensors(fisher, layout_of(FISHER, base), (random.random(each.shape).astype(np.float32) for each in specs))
+    layout = layout_of(REGMEAN, base)
     features = [random.standard_normal((2 * each.shape[0], each.shape[0])) for each in layout.tensors]
     write_tensors(regmean, layout, ((each.T @ each).astype(np.float32) for each in features))
-    return MergeInput(path, f"sha256:{sha256_file(path)}", samples=10 + seed, fisher=fisher, regmean=regmean)
+    statistics = {FISHER: fisher, REGMEAN: regmean}
+    return MergeInput(path, f"sha256:{sha256_file(path)}", 10 + seed, statistics)
 
 
 def read(path: Path, layout):

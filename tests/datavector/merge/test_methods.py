@@ -9,6 +9,7 @@ from hypothesis.extra import numpy as npst
 from datavector.errors import ConfigError, MergeError
 from datavector.layout import TensorSpec
 from datavector.merge import MergeInput, choose, methods
+from datavector.merge.statistics import FISHER, REGMEAN
 from datavector.merge.ties import kth_largest
 from tests.datavector.merge.small import matrix, merged_bytes, read, small_base, small_input
 
@@ -59,22 +60,6 @@ def plain_iso(taus):
     return merged
 
 
-def plain_tsv(taus):
-    merged = {}
-    for name in taus[0]:
-        if matrix(taus[0][name]) is None:
-            merged[name] = np.mean([tau[name] for tau in taus], axis=0)
-            continue
-        parts = [np.linalg.svd(matrix(tau[name]), full_matrices=False) for tau in taus]
-        keep = max(1, len(parts[0][1]) // len(taus))
-        u = np.hstack([part[0][:, :keep] for part in parts])
-        s = np.concatenate([part[1][:keep] for part in parts])
-        v = np.vstack([part[2][:keep] for part in parts])
-        (pu, _, qu), (pv, _, qv) = np.linalg.svd(u, full_matrices=False), np.linalg.svd(v, full_matrices=False)
-        merged[name] = (pu @ qu @ np.diag(s) @ pv @ qv).reshape(taus[0][name].shape)
-    return merged
-
-
 def plain_geometric_median(taus):
     points = np.stack([flat(tau) for tau in taus])
     centre, weights = points.mean(axis=0), np.zeros(len(points))
@@ -105,7 +90,8 @@ def plain_model_stock(taus):
 
 def plain_fisher(taus, base, inputs):
     fishers = [
-        read(each.fisher, base.layout.with_metadata(format="datavector-fisher/1", base=base.digest)) for each in inputs
+        read(each.statistics[FISHER], base.layout.with_metadata(format="datavector-fisher/1", base=base.digest))
+        for each in inputs
     ]
     return {
         name: sum(f[name].astype(float) * tau[name] for f, tau in zip(fishers, taus, strict=True))
@@ -117,7 +103,7 @@ def plain_fisher(taus, base, inputs):
 def plain_regmean(taus, inputs, offdiagonal=0.9):
     from safetensors.numpy import load_file
 
-    grams = [load_file(each.regmean) for each in inputs]
+    grams = [load_file(each.statistics[REGMEAN]) for each in inputs]
     merged = {}
     for name in taus[0]:
         if name not in grams[0]:
@@ -142,7 +128,6 @@ PLAIN = {
     ),
     "ties": lambda taus, _: plain_ties(taus),
     "iso-c": lambda taus, _: plain_iso(taus),
-    "tsv": lambda taus, _: plain_tsv(taus),
     "trimmed-mean": lambda taus, _: plain_trimmed(taus, 1),
     "median": lambda taus, _: {name: np.median([tau[name] for tau in taus], axis=0) for name in taus[0]},
     "geometric-median": lambda taus, _: plain_geometric_median(taus),
@@ -215,7 +200,7 @@ def test_a_parameter_out_of_range_is_refused(method, parameters):
 def test_one_hospital_alone_merges_to_its_own_model_where_nothing_is_taken_away(base, inputs, tmp_path, method):
     parameters = {"density": 1} if method in ("ties", "dare") else {}
     alone = merged_bytes(base, inputs[:1], tmp_path / "out", method, **parameters)
-    if method in ("iso-c", "tsv", "fisher", "regmean"):  # these change a single vector, or round otherwise
+    if method in ("iso-c", "fisher", "regmean"):  # these change a single vector, or round otherwise
         expected = read(base.path / "base.safetensors", base.layout)["bias"]
         tau = read(inputs[0].path, base.vector_layout)["bias"]
         np.testing.assert_allclose(read(tmp_path / "out", base.layout)["bias"], expected + tau, rtol=1e-6)
