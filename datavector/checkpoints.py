@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datavector.errors import ArtifactError, UsageError, WrongLayout
-from datavector.files import atomic_write, disk_full_at, sha256_file
+from datavector.files import atomic_write, disk_full_at, read_at, sha256_file, write_at
 from datavector.layout import FLOAT, FloatArray, TensorSpec
 from datavector.merge import MergeInput, choose, gram_matrix, merge_tensors, merge_vectors
 from datavector.merge.cohort import Cohort
@@ -49,7 +50,7 @@ class Entry:
 
 
 class Checkpoint:
-    """A safetensors file, read as float32 at positions.
+    """A safetensors file, read as float32 at positions; from several threads.
 
     Raises:
         ArtifactError: it is no safetensors file, or its header does not describe it.
@@ -57,6 +58,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._last = threading.local()
         self._descriptor = os.open(path, os.O_RDONLY)
         try:
             self.header_size, self.entries = _read_header(path, self._descriptor)
@@ -73,14 +75,30 @@ class Checkpoint:
         """Fills `values` with the elements of a tensor from `start` on."""
         entry = self.entries[tensor]
         width = WIDTHS[entry.dtype]
-        raw = self.read_bytes(entry.begin + start * width, len(values) * width)
-        values[:] = _to_float(raw, entry.dtype)
+        if entry.dtype == "F32":
+            self._read(values.data.cast("B"), entry.begin + start * width)
+        else:
+            raw = self.read_bytes(entry.begin + start * width, len(values) * width)
+            values[:] = _to_float(raw, entry.dtype)
 
-    def read_bytes(self, offset: int, count: int) -> bytes:
-        raw = os.pread(self._descriptor, count, offset)
-        if len(raw) != count:
-            raise ArtifactError(f"{self.path} ends too early", remedy="it changed while it was read: try again")
+    def slice(self, tensor: str, start: int, count: int) -> FloatArray:
+        """Elements of a tensor from `start` on, not to be changed; the same ones again are remembered for a thread."""
+        wanted = (tensor, start, count)
+        if getattr(self._last, "wanted", None) != wanted:
+            self._last.wanted, self._last.values = None, np.empty(count, dtype=FLOAT)
+            self.read_slice(self._last.values, tensor, start)
+            self._last.wanted = wanted
+        values: FloatArray = self._last.values
+        return values
+
+    def read_bytes(self, offset: int, count: int) -> bytearray:
+        raw = bytearray(count)
+        self._read(memoryview(raw), offset)
         return raw
+
+    def _read(self, target: memoryview, offset: int) -> None:
+        if not read_at(self._descriptor, target, offset):
+            raise ArtifactError(f"{self.path} ends too early", remedy="it changed while it was read: try again")
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -95,10 +113,8 @@ class Change:
 
     def read_slice(self, values: FloatArray, tensor: str, start: int) -> None:
         """Fills `values` with the differences of a tensor from `start` on."""
-        before: FloatArray = np.empty(len(values), dtype=FLOAT)
-        self.base.read_slice(before, tensor, start)
         self.tuned.read_slice(values, tensor, start)
-        values -= before
+        values -= self.base.slice(tensor, start, len(values))
 
 
 @dataclass(frozen=True)
@@ -110,12 +126,9 @@ class _Output:
 
     def write_slice(self, values: FloatArray, tensor: str, start: int) -> None:
         entry = self.entries[tensor]
-        raw = _from_float(values, entry.dtype)
         offset = entry.begin + self.shift + start * WIDTHS[entry.dtype]
         with disk_full_at(self.path):
-            while raw:
-                done = os.pwrite(self.descriptor, raw, offset)
-                raw, offset = raw[done:], offset + done
+            write_at(self.descriptor, _from_float(values, entry.dtype), offset)
 
 
 def merge_files(
@@ -300,10 +313,10 @@ def _copy_rest(base: Checkpoint, descriptor: int, begin: int, output: Path) -> N
             entry = base.entries[name]
             for at in range(entry.begin, entry.end, COPY):
                 raw = base.read_bytes(at, min(COPY, entry.end - at))
-                os.pwrite(descriptor, raw, at - base.header_size + begin)
+                write_at(descriptor, raw, at - base.header_size + begin)
 
 
-def _to_float(raw: bytes, dtype: str) -> FloatArray:
+def _to_float(raw: bytes | bytearray, dtype: str) -> FloatArray:
     if dtype == "BF16":
         return (np.frombuffer(raw, dtype="<u2").astype(np.uint32) << 16).view(FLOAT)
     return np.frombuffer(raw, dtype={"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(FLOAT, copy=False)

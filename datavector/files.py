@@ -107,6 +107,24 @@ def disk_full_at(path: Path, *, needed: int | None = None) -> Iterator[None]:
         raise
 
 
+def read_at(descriptor: int, target: memoryview, offset: int) -> bool:
+    """Fills `target` from byte `offset` on; False where the file ends before."""
+    while target:
+        done = os.preadv(descriptor, [target], offset)
+        if done == 0:
+            return False
+        target, offset = target[done:], offset + done
+    return True
+
+
+def write_at(descriptor: int, content: bytes | bytearray | memoryview, offset: int) -> None:
+    """Writes all of it from byte `offset` on."""
+    left = memoryview(content)
+    while left:
+        done = os.pwrite(descriptor, left, offset)
+        left, offset = left[done:], offset + done
+
+
 def fsync(path: Path) -> None:
     """Makes a file's bytes durable, or the renames and removals in a folder."""
     descriptor = os.open(path, os.O_RDONLY)

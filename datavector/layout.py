@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datavector.errors import WrongLayout
-from datavector.files import atomic_write
+from datavector.files import atomic_write, read_at
 
 FloatArray = NDArray[np.float32]
 FLOAT = np.dtype("<f4")
@@ -138,12 +138,8 @@ class TensorFile:
 
     def read_into(self, values: FloatArray, offset: int) -> None:
         """Fills a contiguous array from byte `offset` on."""
-        target = values.reshape(-1).data.cast("B")
-        while target:
-            done = os.preadv(self._descriptor, [target], offset)
-            if done == 0:
-                raise WrongLayout(f"{self.path} ends too early", remedy="it changed while it was read: make it again")
-            target, offset = target[done:], offset + done
+        if not read_at(self._descriptor, values.reshape(-1).data.cast("B"), offset):
+            raise WrongLayout(f"{self.path} ends too early", remedy="it changed while it was read: make it again")
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -8,9 +8,8 @@ and writing itself. Blocks are independent of each other, so several processes c
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from datavector.errors import Interrupted, MergeError, NotFinite
-from datavector.files import atomic_write, canonical_json, disk_full_at, sha256_file
+from datavector.files import atomic_write, canonical_json, disk_full_at, sha256_file, write_at
 from datavector.layout import FLOAT, FloatArray, Layout, TensorFile, TensorSpec
 from datavector.merge.cohort import Block, Cohort, Tensors, WholeTensor
 from datavector.merge.parallel import in_threads
@@ -91,7 +90,7 @@ def merge_vectors(
         DiskFull: no space is left.
     """
     chosen = choose(method, parameters)
-    inputs = [each if isinstance(each, MergeInput) else MergeInput(each) for each in vectors]
+    inputs = _inputs(vectors)
     if share or not chosen.method.exact or chosen.method.keyed:
         inputs = sorted((each if each.digest else _with_digest(each) for each in inputs), key=lambda each: each.digest)
 
@@ -102,7 +101,7 @@ def merge_vectors(
             cohort = _open(base, inputs, chosen, files)
             merge_tensors(pretrained, cohort, chosen, target, progress=progress, cancelled=cancelled, share=share)
             if not share or share.index == 0:
-                _copy_rest(pretrained, base.layout, target)
+                _copy_rest(pretrained, target)
 
     if share is None:
         with atomic_write(output) as file:
@@ -168,12 +167,26 @@ def _read_of(each: MergeInput, chosen: Chosen) -> list[str | int]:
 
 def gram_matrix(base: BaseModel, vectors: Sequence[MergeInput | Path]) -> np.ndarray[Any, np.dtype[np.float64]]:
     """Inner products of all vectors over everything that is merged: float64, shape (hospitals, hospitals)."""
-    inputs = [each if isinstance(each, MergeInput) else MergeInput(each) for each in vectors]
-    with ExitStack() as files, threadpool_limits(1, "blas"):
-        return _open(base, inputs, choose("sum", {}), files).gram
+    with open_cohort(base, vectors) as cohort, threadpool_limits(1, "blas"):
+        return cohort.gram
+
+
+@contextmanager
+def open_cohort(base: BaseModel, vectors: Sequence[MergeInput | Path]) -> Iterator[Cohort]:
+    """The vectors themselves, for looking at.
+
+    Raises:
+        WrongLayout: a file is no vector of this base.
+    """
+    with ExitStack() as files:
+        yield _open(base, _inputs(vectors), choose("sum", {}), files)
 
 
 # --- Opening --------------------------------------------------------------------------------------------------
+
+
+def _inputs(vectors: Sequence[MergeInput | Path]) -> list[MergeInput]:
+    return [each if isinstance(each, MergeInput) else MergeInput(each) for each in vectors]
 
 
 def _with_digest(each: MergeInput) -> MergeInput:
@@ -298,19 +311,14 @@ class _LayoutFile:
     path: Path
 
     def write_slice(self, values: FloatArray, tensor: str, start: int) -> None:
-        self.write(values.data.cast("B"), self.layout.offsets[tensor] + start * FLOAT.itemsize)
-
-    def write(self, content: bytes | memoryview, offset: int) -> None:
-        left = memoryview(content)
         with disk_full_at(self.path):
-            while left:
-                done = os.pwrite(self.descriptor, left, offset)
-                left, offset = left[done:], offset + done
+            write_at(self.descriptor, values.data.cast("B"), self.layout.offsets[tensor] + start * FLOAT.itemsize)
 
 
-def _copy_rest(pretrained: TensorFile, layout: Layout, output: _LayoutFile) -> None:
+def _copy_rest(pretrained: TensorFile, output: _LayoutFile) -> None:
     """The header, and the statistics, which are restored rather than merged."""
-    output.write(layout.header, 0)
-    for spec in layout.tensors:
+    with disk_full_at(output.path):
+        write_at(output.descriptor, output.layout.header, 0)
+    for spec in output.layout.tensors:
         if is_statistic(spec.name) and spec.elements:
             output.write_slice(pretrained.read(spec.name).reshape(-1), spec.name, 0)

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from datavector.merge.cohort import cosines
-from datavector.merge.engine import MergeInput
-from datavector.model import BaseModel, is_statistic
-from datavector.vector import open_vector
+from datavector.merge.cohort import Cohort, cosines
+from datavector.merge.engine import MergeInput, open_cohort
+from datavector.model import BaseModel
 
 FEWEST = 3  # vectors of which one can be out of line with the others
 TIMES = 3.0  # a norm may be so many times the median, or the median so many times it
@@ -24,7 +23,6 @@ MAD = 1.4826  # from the median absolute deviation to a normal distribution's st
 # Of three hospitals, two with much the same images would make the third look odd.
 FEWEST_DIRECTIONS = 4
 LEAST_COSINE = 0.1  # of the cohort's median mean cosine: noise has a thousandth of it, a flipped sign a negative one
-SLICE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,8 @@ def inspect_vectors(base: BaseModel, vectors: Sequence[MergeInput], gram: NDArra
     median = float(np.median(norms))
     spread = MAD * float(np.median(np.abs(norms - median)))
     means = _mean_cosines(gram)
-    conflicts, zeros, unchanged = _values(base, vectors)
+    with open_cohort(base, vectors) as cohort:
+        conflicts, zeros, unchanged = _values(cohort)
     inspections = []
     for index, norm in enumerate(norms):
         found = Inspection(
@@ -108,36 +107,22 @@ def _mean_cosines(gram: NDArray[np.float64]) -> NDArray[np.float64]:
     return means
 
 
-def _values(
-    base: BaseModel, vectors: Sequence[MergeInput]
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
+def _values(cohort: Cohort) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64]]:
     """Sign conflicts, shares of zeros, and unchanged tensors, of each vector."""
-    hospitals = len(vectors)
+    hospitals = len(cohort)
     against, weight, zeros, unchanged = (np.zeros(hospitals) for _ in range(4))
-    files = [open_vector(each.path, base) for each in vectors]
-    try:
-        elements = 0
-        for spec in base.layout.tensors:
-            if is_statistic(spec.name):
-                continue
-            elements += spec.elements
-            changed = np.zeros(hospitals, dtype=bool)
-            length = max(1, SLICE // hospitals)
-            for start in range(0, spec.elements, length):
-                count = min(length, spec.elements - start)
-                rows = np.empty((hospitals, count), dtype=np.float32)
-                for file, row in zip(files, rows, strict=True):
-                    file.read_slice(row, spec.name, start)
-                nothing = rows == 0
-                zeros += nothing.sum(axis=1)
-                changed |= ~nothing.all(axis=1)
-                others = rows.sum(axis=0, dtype=np.float64) - rows
-                size = np.abs(rows, dtype=np.float64)
-                weight += size.sum(axis=1)
-                against += np.where(others * rows < 0, size, 0).sum(axis=1)
-            unchanged += ~changed & (spec.elements > 0)
-    finally:
-        for file in files:
-            file.close()
+    for spec in cohort.tensors:
+        changed = np.zeros(hospitals, dtype=bool)
+        for block in cohort.slices(spec):
+            rows = block.rows
+            nothing = rows == 0
+            zeros += nothing.sum(axis=1)
+            changed |= ~nothing.all(axis=1)
+            others = rows.sum(axis=0, dtype=np.float64) - rows
+            size = np.abs(rows, dtype=np.float64)
+            weight += size.sum(axis=1)
+            against += np.where(others * rows < 0, size, 0).sum(axis=1)
+        unchanged += ~changed & (spec.elements > 0)
+    elements = sum(spec.elements for spec in cohort.tensors)
     conflicts = against / np.maximum(weight, np.finfo(np.float64).tiny) if hospitals > 1 else np.full(1, np.nan)
     return conflicts, zeros / max(elements, 1), unchanged.astype(np.int64)
