@@ -31,6 +31,12 @@ REPEATS = 3
 SLOW = ("regmean",)  # measured once
 MERGEKIT = "0.1.5"
 HOME = Path.home() / ".cache" / "datavector" / "bench" / "mergekit"
+LAUNCHER = """
+import resource, subprocess, sys, time
+started = time.perf_counter()
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
+"""
 # Methods of both tools with the same definition; of dare only the distribution is the same.
 PAIRS: tuple[tuple[str, dict[str, float], str, dict[str, float | bool]], ...] = (
     ("mean", {}, "linear", {"weight": 1.0}),
@@ -200,14 +206,15 @@ def _child(work: str, base: Path, *vectors: Path) -> tuple[float, float, float]:
 
 
 def _process(command: Sequence[str]) -> tuple[float, float]:
-    """Wall seconds and peak RSS in MiB of a whole process."""
-    started = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        _, code, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(code)
-    if process.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
-    return time.perf_counter() - started, usage.ru_maxrss / 1024
+    """Wall seconds and peak RSS in MiB of a whole process.
+
+    A process of its own starts it: getrusage's peak of a child is never below that of the process it was forked from.
+    """
+    done = subprocess.run([sys.executable, "-c", LAUNCHER, *command], check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
+    wall, rss = map(float, done.stdout.split()[-2:])
+    return wall, rss
 
 
 def _measured(work: str, paths: list[Path]) -> None:

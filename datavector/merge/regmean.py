@@ -36,9 +36,9 @@ def regmean(tensor: WholeTensor, *, offdiagonal: Annotated[float, Range(0, 1)] =
     for hospital in range(hospitals):
         gram: FloatArray = np.empty(shape[1] ** 2, dtype=FLOAT)
         tensor.cohort.statistics[hospital].read_slice(gram, tensor.spec.name, 0)
-        inner = offdiagonal * gram.reshape(shape[1], shape[1]).astype(np.float64)
+        inner = np.multiply(gram.reshape(shape[1], shape[1]), offdiagonal, dtype=np.float64)
         np.fill_diagonal(inner, gram[:: shape[1] + 1])
         total += inner
         answers += tensor.read(hospital).reshape(shape) @ inner
-    total += np.eye(shape[1]) * (RIDGE * np.trace(total) / shape[1] or 1.0)
+    total[np.diag_indices(shape[1])] += RIDGE * np.trace(total) / shape[1] or 1.0
     return (scale * np.linalg.solve(total, answers.T).T).reshape(tensor.spec.shape).astype(FLOAT)

@@ -28,7 +28,8 @@ __all__ = ["tool"]  # a fixture
 
 TRAINING = {"epochs": 6, "batchSize": 16, "learningRate": 0.001}
 POLICY = {
-    "method": {"name": "sum"},
+    "method": {"name": "auto"},
+    "evaluation": {"quorum": 2, "allowWorse": True},
     "trigger": {"minHospitals": 2, "quietPeriodSeconds": 20},
     "calibration": {"mode": "visit"},
 }
@@ -112,6 +113,10 @@ def test_hospitals_that_come_back_make_the_model_ready(site: Site, hospitals: di
         version = site.ready(*HOSPITALS, seconds=600)
     record("ready.txt", site.space.kubectl("get", "bm,dv,mp,mv,jobs,pods", "--output=wide"))
     record("describe.txt", site.space.kubectl("describe", f"mv/{version['metadata']['name']}"))
+    evaluation = version["status"]["evaluation"]
+    assert evaluation["validated"]
+    assert {"north", "south"} <= set(evaluation["hospitals"])
+    assert {"mean", "mean.head", "sum"} < {score["name"] for score in evaluation["candidates"]}
 
 
 def test_merge_jobs_ran_under_restricted_pod_security_and_without_a_token(site: Site):
@@ -120,7 +125,7 @@ def test_merge_jobs_ran_under_restricted_pod_security_and_without_a_token(site: 
         return pods if {pod["status"]["phase"] for pod in pods} == {"Succeeded"} else []
 
     pods = site.space.until(ended, why=site.explain)
-    assert {pod["metadata"]["labels"]["datavector.dev/stage"] for pod in pods} == {"merge", "release"}
+    assert {pod["metadata"]["labels"]["datavector.dev/stage"] for pod in pods} == {"merge", "restore", "release"}
     for pod in pods:
         spec = pod["spec"]
         assert spec["automountServiceAccountToken"] is False
