@@ -197,6 +197,8 @@ def serve_tasks(site: Site, ready: Ready, *, until_stopped: bool) -> None:
         load_images=lambda split: _load_images(site, ready, (split,))[0],
         metrics=site.metrics,
         show=say,
+        vector_sha256=_vector_sha256(site.settings),
+        stop=site.stop,
         meeting_wait_seconds=0 if until_stopped else site.settings.tasks.meeting_wait_seconds,
     )
     while True:
@@ -271,6 +273,12 @@ def _last_policy(settings: AgentSettings) -> PolicyInfo | None:
         return None
     fits = settings.policy in (None, policy.name) and settings.base in (None, policy.base_digest)
     return policy if fits else None
+
+
+def _vector_sha256(settings: AgentSettings) -> str:
+    """Of the vector in the state folder; empty where there is none."""
+    info = _stored(settings.state / VECTOR_INFO, VectorInfo())
+    return info.sha256 if info and (settings.state / VECTOR).is_file() else ""
 
 
 def _stored(path: Path, message: Stored) -> Stored | None:

@@ -5,7 +5,6 @@ Diagonal Fisher information (arXiv 2111.09832) and the Gram matrices of layers' 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,15 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from datavector.console import Progress
 from datavector.layout import FloatArray, write_tensors
-from datavector.merge.cohort import as_matrix
-from datavector.merge.statistics import FISHER, REGMEAN, layout_of
+from datavector.merge.statistics import FISHER, REGMEAN, gram_inputs, layout_of
 from datavector.model import BaseModel
 from datavector.networks import preprocess
 
 BATCH = 16
-
-Progress = Callable[[int, int], None]
 
 
 def write_statistics(
@@ -101,12 +98,13 @@ def write_regmean(
     grams: dict[str, torch.Tensor] = {}
 
     def add(name: str, layer: nn.Module, values: torch.Tensor) -> None:
-        rows = _rows(layer, values).double()
-        grams[name] = grams.get(name, 0) + rows.T @ rows
+        for image in torch.split(values, 1):  # the patches of a whole batch would take gigabytes
+            rows = _rows(layer, image).double()
+            grams[name] = grams.get(name, 0) + rows.T @ rows
 
     with ExitStack() as hooks:
         for name, layer in network.named_modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d) and as_matrix(layer.weight.shape):
+            if isinstance(layer, nn.Linear | nn.Conv2d) and gram_inputs(layer.weight.shape):
                 handle = layer.register_forward_pre_hook(
                     lambda module, arguments, name=f"{name}.weight": add(name, module, arguments[0])
                 )

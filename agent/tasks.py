@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,16 @@ from agent.upload import send_statistics
 from datavector.choice import Counts
 from datavector.console import progress
 from datavector.data.images import ImageSet
-from datavector.errors import NotFound, TryAgain, Unreachable
+from datavector.errors import (
+    ArtifactError,
+    DiskFull,
+    InternalError,
+    Interrupted,
+    NotFound,
+    QuotaExceeded,
+    TryAgain,
+    Unreachable,
+)
 from datavector.files import sha256_file
 from datavector.merge.batchnorm import Moments
 from datavector.merge.head import FeatureMoments
@@ -50,6 +60,10 @@ KINDS = {
 }
 
 
+# What may be over at the next try; anything else ends the agent.
+PASSING = (TryAgain, Unreachable, ArtifactError, DiskFull, QuotaExceeded, InternalError)
+
+
 @dataclass(frozen=True)
 class Served:
     """What came of the tasks that waited.
@@ -71,6 +85,8 @@ class TaskServer:
 
     Attributes:
         load_images: the hospital's images of a split, "train" or "val"; called when a task needs them.
+        vector_sha256: of the vector in the state folder; empty where there is none.
+        stop: set when the agent shall stop.
         meeting_wait_seconds: longest wait for a meeting's quorum; 0 for as long as it is wanted.
     """
 
@@ -80,6 +96,8 @@ class TaskServer:
     load_images: Callable[[str], ImageSet]
     metrics: Metrics
     show: Callable[[str], None]
+    vector_sha256: str
+    stop: threading.Event
     meeting_wait_seconds: int
 
     def serve_waiting(self) -> Served:
@@ -87,7 +105,7 @@ class TaskServer:
         reply = self.client.list_tasks()
         self._forget_all_but({task.version or task.id for task in reply.tasks})
         order = list(KINDS)
-        in_order = sorted(reply.tasks, key=lambda task: order.index(task.kind) if task.kind in KINDS else -1)
+        in_order = sorted(reply.tasks, key=lambda task: order.index(task.kind) if task.kind in KINDS else len(order))
         failed = tuple(task.id for task in in_order if not self._serve(task))
         return Served(float(reply.poll_seconds), len(reply.tasks), failed)
 
@@ -100,8 +118,8 @@ class TaskServer:
             return True
         try:
             images = self._work(kind)(task)
-        except (NotFound, TryAgain, Unreachable) as error:
-            gone = isinstance(error, NotFound)  # the version was overtaken; else a meeting fell apart or the link broke
+        except (NotFound, *PASSING) as error:
+            gone = isinstance(error, NotFound)  # the version was overtaken; else it is tried again at the next round
             self.metrics.tasks.labels(kind, "gone" if gone else "failed").inc()
             self.show(f"task {task.id}: {error}")
             return gone
@@ -118,30 +136,36 @@ class TaskServer:
 
     def _give_statistics(self, task: Task) -> int:
         """Measures what a merge method reads beside the hospital's vector, with the hospital's own model."""
-        vector, folder = self.settings.state / VECTOR, self.settings.state / FOLDER
-        if not vector.is_file() or sha256_file(vector) != task.vector_sha256:
-            raise NotFound(
-                "that vector is not in the state folder", remedy="train again to send a new one with its statistics"
-            )
-        file = inside(folder, f"{task.id}{SUFFIX}")
-        training, device = self.load_images("train"), choose_device(self.settings.training.device)
+        training, file = self.load_images("train"), inside(self.settings.state / FOLDER, f"{task.id}{SUFFIX}")
         chosen = choose_images(len(training), self.settings.tasks.max_images, 0)
         if not file.is_file():  # else an upload was stopped, and goes on
-            folder.mkdir(exist_ok=True)
-            network, tuned = build(self.base), inside(folder, f"{task.id}.own{SUFFIX}")
-            write_tuned(tuned, self.base, vector)
-            load_file(network, tuned, self.base.layout)
-            tuned.unlink()
-            images, labels = training.images[chosen], training.labels[chosen]
-            with progress(f"{task.statistics} statistics") as show:
-                write_statistics(
-                    task.statistics, file, network, self.base, images, labels, device=device, progress=show
-                )
+            self._measure_statistics(task.statistics, training.images[chosen], training.labels[chosen], file)
         info = StatisticsInfo(task_id=task.id, sha256=sha256_file(file), size=file.stat().st_size)
-        with progress("upload of statistics") as show:
-            send_statistics(self.client, task, file, info, on_progress=show)
+        try:
+            with progress("upload of statistics") as show:
+                send_statistics(self.client, task, file, info, on_progress=show)
+        except ArtifactError:
+            file.unlink()  # to be measured anew
+            raise
         file.unlink()
         return len(chosen)
+
+    def _measure_statistics(self, kind: str, images: torch.Tensor, labels: torch.Tensor, file: Path) -> None:
+        network, own = build(self.base), file.with_name(f"{file.name}.own")
+        try:
+            write_tuned(own, self.base, self.settings.state / VECTOR, mode=0o600)
+            load_file(network, own, self.base.layout)
+        finally:
+            own.unlink(missing_ok=True)
+        device = choose_device(self.settings.training.device)
+        with progress(f"{kind} statistics") as show:
+
+            def advance(done: int, total: int) -> None:
+                if self.stop.is_set():
+                    raise Interrupted("stopped while measuring statistics", remedy="start it again: it begins anew")
+                show(done, total)
+
+            write_statistics(kind, file, network, self.base, images, labels, device=device, progress=advance)
 
     def _recalibrate(self, task: Task, kind: str) -> int:
         """One forward pass over the hospital's images with each merge's weights; returns how many were used."""
@@ -205,6 +229,8 @@ class TaskServer:
             return "this agent is too old for it"
         if task.base_digest != self.base.digest:
             return "of another base model"
+        if kind == "statistics" and task.vector_sha256 != self.vector_sha256:
+            return "the state folder has another vector"
         switches = {"statistics": tasks.statistics, "evaluation": tasks.evaluate}
         return "" if switches.get(kind, tasks.recalibrate) else "switched off in the settings"
 

@@ -106,18 +106,7 @@ def merge(store: Store, version: ModelVersion, base: BaseModel, share: Share | N
     Returns:
         The report; nothing while other shares are not done.
     """
-    inputs = [_input(store, entry) for entry in version.spec.inputs]
-    for entry, each in zip(version.spec.inputs, inputs, strict=True):
-        stored = [("vector", each.path, entry.digest)]
-        stored += [
-            (f"file of {kind} statistics of", each.statistics[kind], own) for kind, own in entry.statistics.items()
-        ]
-        for what, path, digest in stored:
-            if not path.is_file() or f"sha256:{sha256_file(path)}" != digest:
-                raise WrongDigest(
-                    f"the stored {what} {entry.data_vector} is missing or altered",
-                    remedy="restore the store's volume, or let the hospital send it again",
-                )
+    inputs = [_input(store, version, entry) for entry in version.spec.inputs]
     outputs = {body: store.merged(version.name, body) for body in version.bodies}
     for body, candidate in version.bodies.items():
         if share is None or not outputs[body].is_file():
@@ -136,6 +125,7 @@ def merge(store: Store, version: ModelVersion, base: BaseModel, share: Share | N
         "weights_sha256": next(iter(weights.values())),
         "weights": weights,
         "outliers": outliers,
+        "statistics": {entry.data_vector: _statistics(store, version, entry) for entry in version.spec.inputs},
         "cohort": _cohort(version, gram),
     }
 
@@ -175,7 +165,10 @@ def release(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, A
     lineage = Lineage(
         version=version.name,
         created=utc_now().isoformat(timespec="seconds"),
-        inputs=[entry.model_dump(mode="json", by_alias=True) for entry in spec.inputs],
+        inputs=[
+            entry.model_dump(mode="json", by_alias=True) | {"statistics": merged["statistics"][entry.data_vector]}
+            for entry in spec.inputs
+        ],
         inputs_hash=spec.inputs_hash,
         method=candidate.name,
         parameters=candidate.parameters,
@@ -198,11 +191,31 @@ def release(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, A
     }
 
 
-def _input(store: Store, entry: VersionInput) -> MergeInput:
-    statistics = {
-        kind: store.statistics_file(entry.hospital, entry.digest, kind, own) for kind, own in entry.statistics.items()
-    }
-    return MergeInput(store.blob(entry.hospital, entry.digest), entry.digest, entry.sample_count, statistics)
+def _input(store: Store, version: ModelVersion, entry: VersionInput) -> MergeInput:
+    """A vector and what the version's method reads beside it, each checked against the digest that it was stored by.
+
+    Raises:
+        WrongDigest: a file is missing or altered.
+    """
+    vector = store.blob(entry.hospital, entry.digest)
+    _demand(vector, entry.digest, f"vector {entry.data_vector}", "let the hospital train and send a new one")
+    statistics = {}
+    for kind, digest in _statistics(store, version, entry).items():
+        statistics[kind] = store.statistics_file(entry.hospital, entry.digest, kind, digest)
+        what = f"file of {kind} statistics of {entry.data_vector}"
+        _demand(statistics[kind], digest, what, "remove it, and the hospital is asked again")
+    return MergeInput(vector, entry.digest, entry.sample_count, statistics)
+
+
+def _statistics(store: Store, version: ModelVersion, entry: VersionInput) -> dict[str, str]:
+    """Digests, by kind, of what was sent beside a vector and the version's method reads."""
+    found = store.statistics(entry.hospital, entry.digest)
+    return {kind: found[kind] for kind in sorted(found) if kind in version.spec.method.statistics}
+
+
+def _demand(path: Path, digest: str, what: str, remedy: str) -> None:
+    if not path.is_file() or f"sha256:{sha256_file(path)}" != digest:
+        raise WrongDigest(f"the stored {what} is missing or altered", remedy=f"restore the store's volume, or {remedy}")
 
 
 def _cohort(version: ModelVersion, gram: NDArray[np.float64]) -> dict[str, Any]:

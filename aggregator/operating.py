@@ -33,6 +33,7 @@ RELIST_SECONDS = 1.0  # from news of kopf's that it has listed something to such
 COALESCE_SECONDS = 0.1  # in which changes that come together are planned for at once
 NOTE = 1024  # characters that an Event may have
 NOTES = {  # of steps that say nothing themselves
+    "Measuring": "hospitals that come back are asked for the statistics that the method reads",
     "Calibrating": "merged; hospitals that come back are asked for BatchNorm statistics",
     "Releasing": "BatchNorm statistics are restored, and the release is exported",
     "Ready": "the release can be fetched",

@@ -301,6 +301,7 @@ class Receiver:
 
     async def _withdraw(self, request: WithdrawRequest, call: Call) -> WithdrawReply:
         vectors, versions = self._uploads.withdraw(call.hospital, request.base_digest or None)
+        self._statistics.withdraw(call.hospital, request.base_digest or None)
         self._wake()
         log.info("%s withdrew %d vectors (%.500r)", call.hospital, len(vectors), request.reason)
         return WithdrawReply(
@@ -398,7 +399,7 @@ class Receiver:
     async def _begin_statistics(self, info: StatisticsInfo, call: Call) -> BeginUploadReply:
         wanted = self._statistics.find(call.hospital, info.task_id, await self._asked_statistics())
         offset, committed = self._statistics.begin(wanted, await self._base(wanted.base_digest), info)
-        return BeginUploadReply(offset=offset, committed=committed, vector=wanted.vector.name)
+        return BeginUploadReply(offset=offset, committed=committed, vector=wanted.name)
 
     async def _send_statistics(self, _: object, call: Call) -> UploadReply:
         opening = await _opening(call)
@@ -406,7 +407,7 @@ class Receiver:
         wanted = self._statistics.find(call.hospital, info.task_id, await self._asked_statistics())
         base = await self._base(wanted.base_digest)
         await self._statistics.receive(wanted, base, info, opening.offset, call.read)
-        return UploadReply(vector=wanted.vector.name)
+        return UploadReply(vector=wanted.name)
 
     async def _asked_statistics(self) -> set[tuple[str, str]]:
         asked = set()

@@ -123,8 +123,7 @@ class World:
         reports: what finished job stages reported, by version and stage.
         visits: rounds done, by version and hospital.
         evaluations: what hospitals found, by version, of those that are being evaluated.
-        statistics: where the policy's method reads them, what hospitals have sent beside their vectors: by vector and
-            kind, as digests.
+        statistics: where the policy's method reads any, the kinds that hospitals have sent beside their vectors.
         running: versions with a running job.
         refused: why the policy cannot be carried out as it is written, as a sentence; empty where it can.
     """
@@ -136,7 +135,7 @@ class World:
     reports: Mapping[tuple[str, Stage], Mapping[str, Any]] = field(default_factory=dict)
     visits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     evaluations: Mapping[str, Evaluations] = field(default_factory=dict)
-    statistics: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    statistics: Mapping[str, Collection[str]] = field(default_factory=dict)
     running: frozenset[str] = frozenset()
     refused: str = ""
 
@@ -255,7 +254,6 @@ def plan(world: World, now: datetime) -> list[Action]:
 def sweep(
     versions: Iterable[ModelVersion],
     vectors: Sequence[DataVector],
-    wanted: Collection[str],
     *,
     running: Collection[str],
     on_disk: Collection[str],
@@ -268,11 +266,10 @@ def sweep(
 
     Args:
         versions: all there are, also those whose policy is gone.
-        wanted: names of the vectors that are `eligible` for any policy.
         running: versions with a running job.
         on_disk: versions with files in the store.
     """
-    needed, actions = set(wanted), list[Action]()
+    needed, actions = set[str](), list[Action]()
     for version in versions:
         if version.status.phase.unfinished or version.name in running:
             needed |= version.vectors
@@ -365,28 +362,28 @@ def withdraw(
 
 
 def eligible(world: World) -> tuple[DataVector, ...]:
-    """The newest vector of each hospital for the policy's base, where consent stands and the file is here, and the
-    statistics that the policy's method reads; sorted by digest.
+    """The newest vector of each hospital for the policy's base, where consent stands and the file is here; sorted by
+    digest.
 
     A hospital whose newest vector is withdrawn is out: an older one does not take its place. One without a file that
-    fits does not count.
+    fits does not count, and neither does one whose statistics a version has waited for in vain, until they come.
     """
-    if not lacking(world):
-        return _usable(world)
-    return tuple(vector for vector in _usable(world) if vector.name not in lacking(world))
+    if world.base is None:
+        return ()
+    usable, missed = Vectors.of(world.vectors).usable.get(world.base.digest, ()), _missed(world)
+    return tuple(vector for vector in usable if vector.name not in missed) if missed else usable
 
 
-def lacking(world: World) -> dict[str, list[str]]:
-    """By vector the kinds of statistics that are still to come before it can be merged as the policy says."""
+def _missed(world: World) -> list[str]:
+    """The vectors whose statistics have not come in time, and are still not here; sorted."""
     kinds = world.policy.spec.method.statistics
-    if not kinds:
-        return {}
-    missing = {vector.name: sorted(kinds - set(world.statistics.get(vector.name, ()))) for vector in _usable(world)}
-    return {name: kinds for name, kinds in missing.items() if kinds}
-
-
-def _usable(world: World) -> tuple[DataVector, ...]:
-    return Vectors.of(world.vectors).usable.get(world.base.digest, ()) if world.base else ()
+    waited = {
+        name
+        for version in world.versions
+        if version.status.unmeasured and version.spec.method.statistics == kinds
+        for name in version.status.unmeasured
+    }
+    return sorted(name for name in waited if kinds - set(world.statistics.get(name, ())))
 
 
 def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersion:
@@ -401,7 +398,6 @@ def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersi
             hospital=vector.spec.hospital,
             digest=vector.spec.artifact.digest,
             sample_count=vector.spec.sample_count,
-            statistics={kind: world.statistics[vector.name][kind] for kind in sorted(method.statistics)},
         )
         for vector in vectors
     )
@@ -433,13 +429,8 @@ def due(world: World, now: datetime) -> datetime | None:
 
     Arrivals wait for quiet, at most maxWaitSeconds after there were enough hospitals. A withdrawal or a changed
     policy brings nothing new to wait for, and a withdrawal that left no version does not wait for arrivals either.
-    A vector whose statistics are still to come is waited for, at most maxWaitSeconds after it came: else its hospital
-    would be missing from a version for nothing.
     """
     trigger, arrivals = world.policy.spec.trigger, len(world.arrivals)
-    came = [_credible(vector.arrived_at, now) for vector in _usable(world) if vector.name in lacking(world)]
-    if came and now < (latest := max(came) + timedelta(seconds=trigger.max_wait_seconds)):
-        return latest
     bereft = all(version.status.phase in (Phase.REVOKED, Phase.SUPERSEDED) for version in world.versions)
     if not arrivals or (bereft and len(eligible(world)) - arrivals >= trigger.min_hospitals):
         return None
@@ -542,31 +533,33 @@ def explain(world: World, now: datetime) -> str:
         return f"base model {spec.base_model_ref!r} is not in the store; import it: datavector base import"
     if world.refused:
         return world.refused
-    vectors, lacked = eligible(world), _awaited_statistics(world) + _quarantined(world)
+    vectors, left_out = eligible(world), _unmeasured(world) + _quarantined(world)
     if len(vectors) < spec.trigger.min_hospitals:
         missing = spec.trigger.min_hospitals - len(vectors)
         more = "one" if missing == 1 else missing
-        return f"{len(vectors)} of {spec.trigger.min_hospitals} hospitals; waiting for {more} more{lacked}"
+        return f"{len(vectors)} of {spec.trigger.min_hospitals} hospitals; waiting for {more} more{left_out}"
     wanted = world.wanted
     version = {version.name: version for version in world.versions}.get(wanted.name)
     if version is None or version.status.phase is Phase.SUPERSEDED:
         time = due(world, now)
         when = f"at {_clock(time)} unless another arrives" if time and time > now else "now"
-        return f"{len(vectors)} hospitals; merging {when}{lacked}"
+        return f"{len(vectors)} hospitals; merging {when}{left_out}"
     match version.status.phase:
+        case Phase.MEASURING:
+            return f"{version.name}: {_missing_statistics(version, world, now)}"
         case Phase.CALIBRATING:
             return f"{version.name}: {_missing_visits(version, world, now)}"
         case Phase.EVALUATING:
             return f"{version.name}: {_missing_evaluations(version, world, now)}"
         case Phase.READY:
-            return f"{version.name} is Ready{lacked}"
+            return f"{version.name} is Ready{left_out}"
         case Phase.REJECTED:
             return f"{version.name} is not Ready: {version.status.message}"
         case Phase.FAILED:
             return f"{version.name} failed: {version.status.message}"
         case phase:
             trouble = f"; the last try failed: {version.status.message}" if version.status.message else ""
-            return f"{version.name} is {phase.value}{trouble}{lacked}"
+            return f"{version.name} is {phase.value}{trouble}{left_out}"
 
 
 # --- Parts of the plan ----------------------------------------------------------------------------------------
@@ -590,7 +583,7 @@ def _next_version(world: World, now: datetime) -> list[Action]:
 
 def _give_way(wanted: ModelVersion, world: World, now: datetime) -> list[Action]:
     """Supersedes the unfinished others. One that is being released may finish, unless what is wanted is Ready."""
-    giving = {Phase.PENDING, Phase.CALIBRATING, Phase.RESTORING, Phase.EVALUATING, Phase.REJECTED}
+    giving = {Phase.PENDING, Phase.MEASURING, Phase.CALIBRATING, Phase.RESTORING, Phase.EVALUATING, Phase.REJECTED}
     if wanted.status.phase is Phase.READY:
         giving.add(Phase.RELEASING)
     return [
@@ -621,9 +614,13 @@ def _progress_of(version: ModelVersion, world: World, now: datetime) -> list[Act
         return [Save(version.with_phase(Phase.SUPERSEDED, now=now, message=message))]
     match version.status.phase:
         case Phase.PENDING:
+            if _unmeasured_inputs(version, world):
+                return [Save(version.with_phase(Phase.MEASURING, now=now, measuring_started_at=now))]
             if (report := world.reports.get((version.name, "merge"))) is None:
                 return _run(version, "merge", world, now)
             return _after_merge(version, report, world, now)
+        case Phase.MEASURING:
+            return _await_statistics(version, world, now)
         case Phase.CALIBRATING:
             return _await_hospitals(version, world, now)
         case Phase.RESTORING:
@@ -689,6 +686,22 @@ def _out_of_line(outliers: Mapping[str, str], world: World, now: datetime) -> li
         for vector in world.vectors
         if vector.name in outliers and not vector.spec.released
     ]
+
+
+def _unmeasured_inputs(version: ModelVersion, world: World) -> tuple[str, ...]:
+    """The vectors of a version whose statistics, which its method reads, are still to come; sorted."""
+    kinds = version.spec.method.statistics
+    return tuple(sorted(name for name in version.vectors if kinds - set(world.statistics.get(name, ()))))
+
+
+def _await_statistics(version: ModelVersion, world: World, now: datetime) -> list[Action]:
+    """Waits for what hospitals send beside their vectors; after the deadline the next version is without the others."""
+    if not (missing := _unmeasured_inputs(version, world)):
+        return [Save(version.with_phase(Phase.PENDING, now=now))]
+    if now < (deadline := _deadline(version, world, now)):
+        return [WakeAt(deadline)]
+    message = f"the statistics of {', '.join(missing)} did not come in time"
+    return [Save(version.with_phase(Phase.SUPERSEDED, now=now, message=message, unmeasured=missing))]
 
 
 def _await_hospitals(version: ModelVersion, world: World, now: datetime) -> list[Action]:
@@ -820,10 +833,11 @@ def _visitors(version: ModelVersion, world: World) -> list[str]:
 
 def _deadline(version: ModelVersion, world: World, now: datetime) -> datetime:
     """Until when a version that asks hospitals for something waits for them."""
-    if version.status.phase is Phase.EVALUATING:
-        started, wait = version.status.evaluation_started_at, _evaluation(world.policy).deadline_seconds
+    status, wait = version.status, world.policy.spec.calibration.deadline_seconds
+    if status.phase is Phase.EVALUATING:
+        started, wait = status.evaluation_started_at, _evaluation(world.policy).deadline_seconds
     else:
-        started, wait = version.status.calibration_started_at, world.policy.spec.calibration.deadline_seconds
+        started = status.measuring_started_at if status.phase is Phase.MEASURING else status.calibration_started_at
     assert started  # noqa: S101  set on entering the phase
     return _credible(started, now) + timedelta(seconds=wait)
 
@@ -847,10 +861,18 @@ def _quarantined(world: World) -> str:
     return f"; {told}; release it with spec.released: true, or withdraw it"
 
 
-def _awaited_statistics(world: World) -> str:
-    """Which statistics are to come, as the end of a sentence; empty where none are."""
-    told = [f"the {' and '.join(kinds)} statistics of {name}" for name, kinds in sorted(lacking(world).items())]
-    return f"; waiting for {', '.join(told)}, which its agent sends when it looks for tasks" if told else ""
+def _unmeasured(world: World) -> str:
+    """Whose statistics have not come in time, as the end of a sentence; empty where nobody's."""
+    missed = ", ".join(_missed(world))
+    return f"; left out until they come: the statistics of {missed}" if missed else ""
+
+
+def _missing_statistics(version: ModelVersion, world: World, now: datetime) -> str:
+    missing = ", ".join(_unmeasured_inputs(version, world))
+    return (
+        f"waiting for the {' and '.join(sorted(version.spec.method.statistics))} statistics of {missing}, which agents "
+        f"send when they look for tasks, or until {_clock(_deadline(version, world, now))}"
+    )
 
 
 def _missing_visits(version: ModelVersion, world: World, now: datetime) -> str:

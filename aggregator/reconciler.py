@@ -33,10 +33,8 @@ from aggregator.reconcile import (
     World,
     abandon,
     base_state,
-    eligible,
     explain,
     job_failed,
-    lacking,
     on_record,
     plan,
     policy_fault,
@@ -287,12 +285,12 @@ class Reconciler:
             refused=_refusal(policy),
         )
 
-    def _statistics(self, policy: MergePolicy, base: Base | None, vectors: Vectors) -> dict[str, dict[str, str]]:
-        """Of the vectors that may be merged, where the policy's method reads more than them."""
+    def _statistics(self, policy: MergePolicy, base: Base | None, vectors: Vectors) -> dict[str, list[str]]:
+        """Kinds that are here of the vectors that may be merged, where the policy's method reads more than those."""
         if base is None or not policy.spec.method.statistics:
             return {}
         return {
-            vector.name: self.store.statistics(vector.spec.hospital, vector.spec.artifact.digest)
+            vector.name: sorted(self.store.statistics(vector.spec.hospital, vector.spec.artifact.digest))
             for vector in vectors.usable.get(base.digest, ())
         }
 
@@ -312,7 +310,7 @@ class Reconciler:
             return {name: [Save(version)] for name, version in untried.items()}
         tracks: dict[str, list[Action]] = {OBJECTS: self._states(versions, now)}
         if all(world.policy.name not in faults for world in worlds) and len(worlds) == len(self.registry.policies()):
-            tracks |= self._erasing(worlds, versions, now)
+            tracks |= self._erasing(versions, now)
         names = {policy.name for policy in self.registry.policies()}
         tracks[ORPHANS] = abandon((version for version in versions if version.spec.policy_ref not in names), now)
         failures, troubles = self.jobs.failures(), self.jobs.troubles()
@@ -354,11 +352,9 @@ class Reconciler:
                     continue
             self._silent[vector.name] = vector
 
-    def _erasing(self, worlds: list[World], versions: list[ModelVersion], now: datetime) -> dict[str, list[Action]]:
-        choices = {world.base.digest: eligible(world) for world in worlds if world.base}
-        wanted = frozenset(vector.name for vectors in choices.values() for vector in vectors)
+    def _erasing(self, versions: list[ModelVersion], now: datetime) -> dict[str, list[Action]]:
         on_disk = frozenset(version.name for version in versions if self.store.has_version(version.name))
-        erasing = sweep(versions, self._vectors, wanted, running=self.jobs.running(), on_disk=on_disk, now=now)
+        erasing = sweep(versions, self._vectors, running=self.jobs.running(), on_disk=on_disk, now=now)
         return {_subject(action): [action] for action in erasing}
 
     def _is_due(self, action: Action) -> bool:
@@ -403,9 +399,9 @@ class Reconciler:
         times += [time for time in [self.jobs.next_look()] if time]
         if self._lacks_files() or self._vectors.quarantined:  # a person may release one
             times.append(now + (self._poll or PAUSE))
-        asking = (Phase.CALIBRATING, Phase.EVALUATING)
-        asked = any(version.status.phase in asking for version in self.registry.versions())
-        if self._poll and (asked or any(map(lacking, self._worlds.values()))):
+        asking = (Phase.MEASURING, Phase.CALIBRATING, Phase.EVALUATING)
+        asked = any(version.status.phase in asking or version.status.unmeasured for version in self.registry.versions())
+        if self._poll and asked:
             times.append(now + self._poll)
         return min(times, default=None)
 

@@ -464,6 +464,7 @@ class Phase(StrEnum):
     """Where a version stands. The order is the order of work; from Ready on they are final."""
 
     PENDING = "Pending"
+    MEASURING = "Measuring"
     CALIBRATING = "Calibrating"
     RESTORING = "Restoring"
     EVALUATING = "Evaluating"
@@ -476,7 +477,14 @@ class Phase(StrEnum):
 
     @property
     def unfinished(self) -> bool:
-        return self in (Phase.PENDING, Phase.CALIBRATING, Phase.RESTORING, Phase.EVALUATING, Phase.RELEASING)
+        return self in (
+            Phase.PENDING,
+            Phase.MEASURING,
+            Phase.CALIBRATING,
+            Phase.RESTORING,
+            Phase.EVALUATING,
+            Phase.RELEASING,
+        )
 
 
 class VersionInput(Part):
@@ -484,9 +492,6 @@ class VersionInput(Part):
     hospital: Name = Field(description="Who sent it.")
     digest: Digest = Field(description="Digest of its file.")
     sample_count: int = Field(description="Training images.")
-    statistics: dict[str, Digest] = Field(
-        default={}, description="By kind the digests of what the hospital sent beside it, where the method reads that."
-    )
 
 
 class VersionSpec(Part):
@@ -550,6 +555,12 @@ class VersionStatus(Part):
     attempts: int = Field(default=0, description="Tries of the current job that failed for a reason of its inputs.")
     retry_at: datetime | None = Field(default=None, description="When the current job is tried again.")
     message: str = Field(default="", description="Why it stands there, as a sentence.")
+    measuring_started_at: datetime | None = Field(
+        default=None, description="Since when hospitals are asked for the statistics that the method reads."
+    )
+    unmeasured: tuple[str, ...] = Field(
+        default=(), description="Vectors whose statistics did not come in time: left out until they come."
+    )
     calibration_started_at: datetime | None = Field(
         default=None, description="Since when hospitals are asked to calibrate."
     )
@@ -633,6 +644,7 @@ JOB_FAILED = "JobFailed"
 
 _CONDITIONS: dict[Phase, dict[str, ConditionStatus]] = {
     Phase.PENDING: {"Merged": "False", "Calibrated": "False", "Exported": "False", "Ready": "False"},
+    Phase.MEASURING: {"Merged": "False", "Ready": "False"},
     Phase.CALIBRATING: {"Merged": "True", "Ready": "False"},
     Phase.RESTORING: {"Merged": "True", "Calibrated": "True", "Ready": "False"},
     Phase.EVALUATING: {"Merged": "True", "Calibrated": "True", "Evaluated": "False", "Ready": "False"},

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from aggregator.appending import SHA256, Read, append, interrupted
@@ -19,7 +19,7 @@ from aggregator.reconcile import Vectors
 from aggregator.registry import Registry
 from aggregator.resources import DataVector
 from aggregator.store import PART, Store
-from datavector.errors import ArtifactError, DiskFull, NotFound, ProtocolError, WrongLayout
+from datavector.errors import AlreadyWithdrawn, ArtifactError, DiskFull, NotFound, ProtocolError, WrongLayout
 from datavector.files import fsync
 from datavector.merge.statistics import FISHER, layout_of
 from datavector.model import BaseModel
@@ -34,12 +34,13 @@ Asked = Collection[tuple[str, str]]
 class Wanted:
     """Statistics that wait for a hospital to send them."""
 
-    vector: DataVector
+    vector: DataVector = field(compare=False)  # its object changes; its name does not
+    name: str
     kind: str
 
     @property
     def id(self) -> str:
-        return f"{self.vector.name}.{self.kind}"
+        return f"{self.name}.{self.kind}"
 
     @property
     def base_digest(self) -> str:
@@ -62,7 +63,7 @@ class StatisticsUploads:
         self._registry = registry
         self._metrics = metrics
         self._wake = wake
-        self._streams: dict[Path, Ending] = {}
+        self._streams: dict[Wanted, Ending] = {}
 
     def wanted(self, hospital: str, asked: Asked) -> Iterator[Wanted]:
         """What waits for a hospital, of what policies ask for."""
@@ -89,59 +90,60 @@ class StatisticsUploads:
             WrongLayout: the size is not that of this base model's statistics.
             DiskFull: the rest has no room.
         """
-        part = self._part(wanted, base, info)
         if self._is_here(wanted):
             return info.size, True
-        self._take_over(part)
-        for other in part.parent.glob(f"{wanted.vector_sha256}.{wanted.kind}.*"):
-            if other != part:  # measured anew, with another result
-                other.unlink()
-        offset = part.stat().st_size if part.is_file() else 0
-        if shutil.disk_usage(self._store.root).free < info.size - offset:
-            raise DiskFull(part, needed=info.size - offset)
-        return offset, False
+        part = self._take_over(wanted, base, info)
+        return part.stat().st_size if part.is_file() else 0, False
 
     async def receive(self, wanted: Wanted, base: BaseModel, info: StatisticsInfo, offset: int, read: Read) -> None:
         """Takes messages (chunk*, final) that go on from `offset`, and commits.
 
         Raises:
+            ProtocolError, WrongLayout: the announcement makes no sense.
             TryAgain: the stream ended early, or another one took over; what arrived is kept.
             ArtifactError, DiskFull: nothing is kept.
             NotFound: nobody wants it any more; nothing is kept.
+            AlreadyWithdrawn: the hospital withdrew while it came; nothing is kept.
         """
-        part = self._part(wanted, base, info)
         if self._is_here(wanted):
             return
-        self._take_over(part)
+        part = self._take_over(wanted, base, info)
         try:
-            if not part.parent.is_dir():
-                part.parent.mkdir()
-                fsync(part.parent.parent)
+            part.parent.mkdir(exist_ok=True)
             async with endable() as ending:
-                self._streams[part] = ending
+                self._streams[wanted] = ending
                 try:
                     scanner = _scanner(wanted.kind, base)
                     await append(part, offset, read, scanner, info.sha256, ending, self._metrics)
                     await asyncio.to_thread(fsync, part)
                     ending.check()
                 finally:
-                    if self._streams.get(part) is ending:
-                        del self._streams[part]
-            if wanted.vector.name not in {vector.name for vector in self._usable(wanted.base_digest)}:
-                raise _not_wanted(wanted.vector.spec.hospital, wanted.id)  # taken back or replaced meanwhile
+                    if self._streams.get(wanted) is ending:
+                        del self._streams[wanted]
+            if wanted.name not in {vector.name for vector in self._usable(wanted.base_digest)}:
+                raise _not_wanted(wanted.vector.spec.hospital, wanted.id)  # replaced meanwhile
             part.rename(part.with_suffix(""))
             fsync(part.parent)
-        except (ArtifactError, DiskFull, NotFound):
+        except FileNotFoundError:  # it was erased with its vector
+            raise _not_wanted(wanted.vector.spec.hospital, wanted.id) from None
+        except (AlreadyWithdrawn, ArtifactError, DiskFull, NotFound):
             part.unlink(missing_ok=True)
             raise
         self._wake()
+
+    def withdraw(self, hospital: str, base_digest: str | None) -> None:
+        """Ends what a hospital is sending beside its vectors of one base, or of all."""
+        reason = AlreadyWithdrawn("this hospital withdrew while its statistics were on their way", remedy="send none")
+        for wanted, ending in self._streams.items():
+            if wanted.vector.spec.hospital == hospital and base_digest in (None, wanted.base_digest):
+                ending.end(reason)
 
     def _of(self, hospital: str, asked: Asked) -> Iterator[Wanted]:
         """What is asked for beside a hospital's vectors, whether it is here or not."""
         for base, kind in sorted(asked):
             for vector in self._usable(base):
                 if vector.spec.hospital == hospital:
-                    yield Wanted(vector, kind)
+                    yield Wanted(vector, vector.name, kind)
 
     def _usable(self, base_digest: str) -> tuple[DataVector, ...]:
         return Vectors.of(self._registry.vectors()).usable.get(base_digest, ())
@@ -150,8 +152,8 @@ class StatisticsUploads:
         spec = wanted.vector.spec
         return wanted.kind in self._store.statistics(spec.hospital, spec.artifact.digest)
 
-    def _part(self, wanted: Wanted, base: BaseModel, info: StatisticsInfo) -> Path:
-        """Where a file is while it comes, after its announcement was checked."""
+    def _take_over(self, wanted: Wanted, base: BaseModel, info: StatisticsInfo) -> Path:
+        """Where a file is while it comes, after its announcement was checked: only one of a kind, and by one stream."""
         if not SHA256.fullmatch(info.sha256):
             raise ProtocolError(
                 f"statistics were announced with SHA-256 {info.sha256[:80]!r}",
@@ -162,13 +164,18 @@ class StatisticsUploads:
                 f"the {wanted.kind} statistics have {info.size} bytes, those of {base.name} have {size}",
                 remedy="use a matching version of the agent",
             )
+        if older := self._streams.pop(wanted, None):
+            older.end(interrupted("another stream of these statistics took over"))
         spec = wanted.vector.spec
         file = self._store.statistics_file(spec.hospital, spec.artifact.digest, wanted.kind, info.sha256)
-        return file.with_name(f"{file.name}.{PART}")
-
-    def _take_over(self, part: Path) -> None:
-        if older := self._streams.pop(part, None):
-            older.end(interrupted("another stream of these statistics took over"))
+        part = file.with_name(f"{file.name}.{PART}")
+        for other in part.parent.glob(f"{wanted.vector_sha256}.{wanted.kind}.*"):
+            if other != part:  # measured anew, with another result
+                other.unlink()
+        missing = info.size - (part.stat().st_size if part.is_file() else 0)
+        if shutil.disk_usage(self._store.root).free < missing:
+            raise DiskFull(part, needed=missing)
+        return part
 
 
 def _scanner(kind: str, base: BaseModel) -> VectorScanner:

@@ -3,6 +3,7 @@
     bases/<hex>/                  base model artifacts, content-addressed
     uploads/<hospital>/<hex>/     vectors that are not recorded yet: vector.json (what will be recorded) and part
     blobs/<hospital>/<hex>        committed vectors
+    statistics/<hospital>/<hex>.<kind>.<own hex>    what came beside a vector; with .part while it comes
     versions/<version>/           what jobs and hospitals left for a version:
         merged/<body>.safetensors       each way to merge it
         visits/<hospital>.npz           moments and sums of features, of every body

@@ -45,6 +45,7 @@ from datavector.files import write_json
 from datavector.layout import write_tensors
 from datavector.merge import MergeInput, body_id, gram_matrix, merge_vectors
 from datavector.merge.batchnorm import Moments, pool_layers, restore
+from datavector.merge.outliers import inspect_vectors
 from datavector.merge.restored import write_tuned
 from datavector.merge.statistics import FISHER, REGMEAN
 from datavector.model import BaseModel
@@ -365,7 +366,9 @@ class Study:
             "labels-rotated": [self._train(name, rotate=1)],
         }
         for attack, vectors in sent.items():
-            write_json(self.folder / f"gram.{attack}.json", gram_matrix(self.base, [*vectors, *others]).tolist())
+            together = [*vectors, *others]
+            inspections = inspect_vectors(self.base, together, gram_matrix(self.base, together))
+            write_json(self.folder / f"gate.{attack}.json", [each.reason for each in inspections])
         for method, parameters in ATTACKED:
             for attack, vectors in sent.items():
                 work = partial(self._merged, [*vectors, *others], method, parameters)

@@ -6,6 +6,7 @@ images, which nobody trained on and nobody chose by; the choice itself is made o
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -201,6 +202,8 @@ def _attacks(cell: Cell) -> None:
             pair = [cell.score(each) for each in (name, f"{name}{HEAD}")] if name in cell.said else []
             cells.append(" / ".join("-" if score is None else f"{score.accuracy:.3f}" for score in pair))
         print(f"| `{body}` | {' | '.join(cells)} |")
+    found = {attack: json.loads((cell.folder / f"gate.{attack}.json").read_text()) for attack in attacks}
+    print(f"| the gate | {' | '.join('; '.join(filter(None, found[attack])) or 'passes' for attack in attacks)} |")
 
 
 def _row(name: str, merged: Sequence[Score | None], solved: Sequence[Score | None] = ()) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from datavector.errors import ArtifactError, UsageError, WrongLayout
+from datavector.errors import ArtifactError, NotFinite, UsageError, WrongLayout
 from datavector.files import atomic_write, disk_full_at, read_at, sha256_file, write_at
 from datavector.layout import FLOAT, FloatArray, TensorSpec
 from datavector.merge import MergeInput, choose, gram_matrix, merge_tensors, merge_vectors
@@ -30,6 +30,7 @@ from datavector.model import DESCRIPTION, BaseModel, is_statistic
 PYTORCH = (".pt", ".pth", ".bin")
 MOST_HEADER = 100 << 20  # bytes, as safetensors itself allows
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+NARROW = ("F16", "BF16")  # in which finite float32 values may be infinite
 COPY = 1 << 20
 
 Progress = Callable[[int, int], None]
@@ -126,9 +127,14 @@ class _Output:
 
     def write_slice(self, values: FloatArray, tensor: str, start: int) -> None:
         entry = self.entries[tensor]
-        offset = entry.begin + self.shift + start * WIDTHS[entry.dtype]
+        raw = _from_float(values, entry.dtype)
+        if entry.dtype in NARROW and not np.isfinite(_to_float(raw, entry.dtype)).all():
+            raise NotFinite(
+                f"the merged weights of {tensor} overflow {entry.dtype}",
+                remedy="give a base and models of float32, or use the mean",
+            )
         with disk_full_at(self.path):
-            write_at(self.descriptor, _from_float(values, entry.dtype), offset)
+            write_at(self.descriptor, raw, entry.begin + self.shift + start * WIDTHS[entry.dtype])
 
 
 def merge_files(
@@ -155,6 +161,7 @@ def merge_files(
         UsageError: there are not as many samples as models.
         ConfigError: an unknown method or parameter.
         ArtifactError: a file cannot be read, or is of other tensors.
+        NotFinite: the merged weights overflow the base's type.
         DiskFull: no space is left.
     """
     if samples and len(samples) != len(models):
@@ -326,4 +333,5 @@ def _from_float(values: FloatArray, dtype: str) -> bytes:
     if dtype == "BF16":  # to the nearest, ties to even
         bits = np.ascontiguousarray(values).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype("<u2").tobytes()
-    return values.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
+    with np.errstate(over="ignore"):
+        return values.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).tobytes()

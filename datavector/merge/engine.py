@@ -267,9 +267,9 @@ class _Work:
         """Merges and writes some pieces, in buffers of their own; returns their elements."""
         largest = max(piece.count for piece in pieces)
         weights: FloatArray = np.empty(largest, dtype=FLOAT)
-        sources = () if self.chosen.method.whole else self.cohort.sources
-        rows = np.empty((len(sources), largest), dtype=FLOAT)
-        statistics = np.empty((len(sources and self.cohort.statistics), largest), dtype=FLOAT)
+        whole = self.chosen.method.whole  # such a method reads tensors itself
+        rows = np.empty((0 if whole else len(self.cohort), largest), dtype=FLOAT)
+        statistics = np.empty((0 if whole else len(self.cohort.statistics), largest), dtype=FLOAT)
         for piece in pieces:
             count = slice(piece.count)
             self._merge(piece, weights[count], rows[:, count], statistics[:, count])

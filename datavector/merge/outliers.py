@@ -75,14 +75,14 @@ def inspect_vectors(base: BaseModel, vectors: Sequence[MergeInput], gram: NDArra
             zeros=float(zeros[index]),
             unchanged=int(unchanged[index]),
         )
-        reason = _reason(found, means, len(base.layout.tensors), len(vectors))
+        reason = _reason(found, means, len(vectors))
         inspections.append(Inspection(**{**vars(found), "reason": reason}))
     return inspections
 
 
-def _reason(found: Inspection, means: NDArray[np.float64], tensors: int, hospitals: int) -> str:
+def _reason(found: Inspection, means: NDArray[np.float64], hospitals: int) -> str:
     if found.zeros == 1.0:
-        return f"all of its {tensors} tensors are unchanged: nothing was learnt"
+        return f"all of its {found.unchanged} tensors are unchanged: nothing was learnt"
     if hospitals < FEWEST:
         return ""
     large, small = found.norm_ratio > TIMES, found.norm_ratio < 1 / TIMES

@@ -1,7 +1,7 @@
 """RegMean: the weights that answer most like every hospital's own, on its own inputs (arXiv 2212.09849).
 
-Hospitals send the Gram matrix of each linear or convolutional layer's inputs beside the vector. Everything else is the
-mean.
+Hospitals send the Gram matrix of each linear or convolutional layer's inputs beside the vector. Everything else, very
+wide layers included, is the mean.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from datavector.layout import FLOAT, FloatArray
 from datavector.merge.cohort import WholeTensor, as_matrix
 from datavector.merge.registry import Range, Scale, method
-from datavector.merge.statistics import REGMEAN
+from datavector.merge.statistics import REGMEAN, gram_inputs
 
 RIDGE = 1e-6  # of the mean diagonal: inputs that no hospital has seen stay as they are
 
@@ -30,7 +30,7 @@ def regmean(tensor: WholeTensor, *, offdiagonal: Annotated[float, Range(0, 1)] =
         float32, in the tensor's shape.
     """
     hospitals, shape = len(tensor.cohort), as_matrix(tensor.spec.shape)
-    if shape is None:
+    if shape is None or not gram_inputs(tensor.spec.shape):
         return (scale * tensor.sum() / hospitals).astype(FLOAT)
     total, answers = np.zeros((shape[1], shape[1])), np.zeros(shape)
     for hospital in range(hospitals):

@@ -22,13 +22,16 @@ def write_restored(path: Path, base: BaseModel, merged: Path, replaced: Mapping[
         write_tensors(path, base.layout, (replaced[name] if name in replaced else weights.read(name) for name in names))
 
 
-def write_tuned(path: Path, base: BaseModel, vector: Path) -> None:
+def write_tuned(path: Path, base: BaseModel, vector: Path, *, mode: int = 0o644) -> None:
     """A hospital's own model: the pretrained weights and its vector, statistics included.
 
+    Args:
+        mode: of the file.
     Raises:
         WrongLayout: the file is no vector of this base.
         DiskFull: no space is left.
     """
     with base.open() as pretrained, open_vector(vector, base) as difference:
         names = (spec.name for spec in base.layout.tensors)
-        write_tensors(path, base.layout, (pretrained.read(name) + difference.read(name) for name in names))
+        tensors = (pretrained.read(name) + difference.read(name) for name in names)
+        write_tensors(path, base.layout, tensors, mode=mode)

@@ -80,7 +80,10 @@ def _run(name: str, check: Callable[[Path], str], path: Path) -> Check:
 def _description(path: Path) -> dict[str, Any]:
     description: dict[str, Any] = json.loads((path / DESCRIPTION).read_text(encoding="utf-8"))
     if description.get("format") != FORMAT:
-        raise _Wrong(f"{DESCRIPTION} has the format {description.get('format')!r}, not {FORMAT!r}")
+        raise _Wrong(
+            f"{DESCRIPTION} has the format {description.get('format')!r}, not {FORMAT!r}: verify it with the version "
+            "of datavector that made it"
+        )
     return description
 
 

@@ -42,10 +42,7 @@ def start(store, small_base, deliver):
             deliver(store, base, name, images=100 * number)
             for number, name in enumerate(hospitals or HOSPITALS, start=1)
         )
-        statistics = rules.pop("statistics", {})
-        world = World(
-            policy(base=base.digest, **rules), Base(base.digest, has_batchnorm=True), vectors, statistics=statistics
-        )
+        world = World(policy(base=base.digest, **rules), Base(base.digest, has_batchnorm=True), vectors)
         version = desired_version(world, eligible(world)).with_phase(
             Phase.RELEASING, now=utc_now(), quorum=rules.get("quorum", 0)
         )
@@ -130,7 +127,7 @@ def test_a_blob_that_is_not_what_was_recorded_fails_the_merge_with_a_sentence(st
     assert done.returncode == 1
     assert done.stderr == (
         f"the stored vector {entry.data_vector} is missing or altered; "
-        "restore the store's volume, or let the hospital send it again\n"
+        "restore the store's volume, or let the hospital train and send a new one\n"
     )
     assert store.report(version.name, "merge") is None
     assert not store.merged(version.name, "sum").exists()
@@ -144,9 +141,10 @@ def test_statistics_are_read_and_altered_ones_fail_the_merge_with_a_sentence(sto
         target = store.statistics_file(entry.hospital, entry.digest, FISHER, sha256_file(part))
         target.parent.mkdir()
         part.rename(target)
-    statistics = {entry.data_vector: store.statistics(entry.hospital, entry.digest) for entry in vectors}
-    version = start(method="fisher", statistics=statistics)
+    version = start(method="fisher")
     assert run(store, version, "merge").returncode == 0
+    reported = store.report(version.name, "merge")["statistics"]
+    assert reported == {each.data_vector: store.statistics(each.hospital, each.digest) for each in vectors}
     with TensorFile(store.merged(version.name, "fisher"), small_base.layout) as merged, small_base.open() as before:
         change = merged.read("head.weight") - before.read("head.weight")
     weighted = np.zeros_like(change, dtype=np.float64)
@@ -157,7 +155,7 @@ def test_statistics_are_read_and_altered_ones_fail_the_merge_with_a_sentence(sto
 
     (store.version(version.name) / "report-merge.json").unlink()
     entry = version.spec.inputs[0]
-    file = store.statistics_file(entry.hospital, entry.digest, FISHER, entry.statistics[FISHER])
+    file = store.statistics_file(entry.hospital, entry.digest, FISHER, reported[entry.data_vector][FISHER])
     file.write_bytes(damaged(file.read_bytes()))
     done = run(store, version, "merge")
     assert done.returncode == 1

@@ -53,9 +53,8 @@ def swept(*worlds: World, now: datetime, on_disk: frozenset[str] = frozenset()) 
     """What is erased, where these are the worlds of all policies."""
     versions = [version for world in worlds for version in world.versions]
     vectors = list({vector.name: vector for world in worlds for vector in world.vectors}.values())
-    wanted = {vector.name for world in worlds for vector in eligible(world)}
     running = {name for world in worlds for name in world.running}
-    return sweep(versions, vectors, wanted, running=running, on_disk=on_disk, now=now)
+    return sweep(versions, vectors, running=running, on_disk=on_disk, now=now)
 
 
 # --- When a version is made ------------------------------------------------------------------------------------
@@ -511,7 +510,7 @@ def test_the_files_of_a_withdrawn_version_go_even_if_its_policy_is_gone():
     revoked = version(policy("gone"), NORTH, SOUTH, phase=Phase.REVOKED)
     ready = version(policy("gone"), EAST, SOUTH, phase=Phase.READY)
     names = {revoked.name, ready.name}
-    assert sweep((revoked, ready), (), (), running=(), on_disk=names, now=at(1)) == [EraseVersion(revoked.name)]
+    assert sweep((revoked, ready), (), running=(), on_disk=names, now=at(1)) == [EraseVersion(revoked.name)]
 
 
 def test_an_unfinished_version_whose_policy_is_gone_is_ended():
@@ -545,7 +544,7 @@ def test_two_policies_on_one_base_do_not_erase_each_others_blobs():
 
 
 def test_a_vector_that_no_policy_merges_yet_is_kept():
-    assert sweep((), (NORTH, SOUTH), (), running=(), on_disk=(), now=at(1e6)) == []
+    assert sweep((), (NORTH, SOUTH), running=(), on_disk=(), now=at(1e6)) == []
 
 
 def test_of_equal_vectors_from_two_hospitals_both_count():
@@ -581,9 +580,7 @@ def test_a_newer_vector_without_a_file_that_fits_takes_no_ones_place_and_erases_
     newer = unstored(vector("north", 2))
     world = World(asks, BASE, (older, other, newer))
     assert {each.name for each in eligible(world)} == {"north-1", "south-1"}
-    wanted = [each.name for each in eligible(world)]
-    assert sweep([], [older, other, newer], wanted, running=(), on_disk=(), now=at(0)) == []
-    assert sweep([], [older, other, newer], (), running=(), on_disk=(), now=at(0)) == []
+    assert sweep([], [older, other, newer], running=(), on_disk=(), now=at(0)) == []
 
 
 def test_a_vector_without_a_file_says_that_and_not_that_its_size_is_wrong():

@@ -207,10 +207,9 @@ def test_a_withdrawal_revokes_whatever_the_phase(phase):
 
 def test_the_files_of_a_rejected_version_stay_for_whoever_allows_it():
     rejected = version(auto(), *VECTORS, phase=Phase.REJECTED)
-    names = [each.name for each in VECTORS]
-    assert sweep([rejected], VECTORS, names, running=(), on_disk=(rejected.name,), now=at(1)) == []
+    assert sweep([rejected], VECTORS, running=(), on_disk=(rejected.name,), now=at(1)) == []
     gone = rejected.with_phase(Phase.SUPERSEDED, now=at(2))
-    assert sweep([gone], VECTORS, names, running=(), on_disk=(gone.name,), now=at(3)) == [EraseVersion(gone.name)]
+    assert sweep([gone], VECTORS, running=(), on_disk=(gone.name,), now=at(3)) == [EraseVersion(gone.name)]
 
 
 # --- Quarantine

@@ -141,9 +141,8 @@ class Aggregator:
 
     def _plan(self) -> list[Action]:
         worlds = [self.world(each) for each in POLICIES]
-        wanted = {vector.name for world in worlds for vector in eligible(world)}
         versions, vectors = tuple(self.versions.values()), tuple(self.vectors.values())
-        actions = sweep(versions, vectors, wanted, running=self.running, on_disk=self.on_disk, now=self.now)
+        actions = sweep(versions, vectors, running=self.running, on_disk=self.on_disk, now=self.now)
         return actions + [action for world in worlds for action in plan(world, self.now)]
 
     def world(self, of: MergePolicy) -> World:

@@ -3,64 +3,115 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import datetime
 
-from aggregator.reconcile import CreateVersion, WakeAt, World, eligible, explain, lacking, plan
-from aggregator.resources import Phase
-from tests.aggregator.objects import BASE, at, policy, vector
+import pytest
 
-NORTH, SOUTH, EAST = vector("north"), vector("south"), vector("east", at=100)
-FISHER = policy(method="fisher")
-SENT = {each.name: {"fisher": "sha256:" + "f" * 64} for each in (NORTH, SOUTH, EAST)}
+from aggregator.reconcile import CreateVersion, RunJob, Save, WakeAt, World, eligible, explain, plan, sweep
+from aggregator.resources import DataVector, ModelVersion, Phase
+from tests.aggregator.objects import BASE, at, policy, vector, version
 
-
-def world(**sent: dict[str, str]) -> World:
-    return World(FISHER, BASE, (NORTH, SOUTH), statistics=sent)
-
-
-def test_a_vector_without_them_waits_and_the_policy_says_for_what():
-    waiting = world(**{NORTH.name: SENT[NORTH.name], SOUTH.name: {}})
-    assert eligible(waiting) == (NORTH,)
-    assert lacking(waiting) == {SOUTH.name: ["fisher"]}
-    assert "1 of 2 hospitals; waiting for one more; waiting for the fisher statistics of south-1" in explain(
-        waiting, at(500)
-    )
-    assert plan(waiting, at(500)) == []
+NORTH, SOUTH, EAST = vector("north"), vector("south"), vector("east")
+VECTORS = (NORTH, SOUTH, EAST)
+FISHER = policy(method="fisher", deadline_seconds=1000)
+SENT = {each.name: ["fisher"] for each in VECTORS}
+TWO = {NORTH.name: ["fisher"], SOUTH.name: ["fisher"], EAST.name: ["regmean"]}
 
 
-def test_statistics_of_another_kind_do_not_help():
-    regmean = {"regmean": "sha256:" + "a" * 64}
-    assert eligible(world(**{NORTH.name: regmean, SOUTH.name: regmean})) == ()
+def measuring(*vectors: DataVector) -> ModelVersion:
+    return version(FISHER, *vectors, phase=Phase.MEASURING, measuring_started_at=at(0))
 
 
-def test_a_version_names_them_and_others_make_another_version():
-    first = World(FISHER, BASE, (NORTH, SOUTH), statistics=SENT)
-    (action,) = plan(first, at(500))
-    assert isinstance(action, CreateVersion)
-    assert [entry.statistics for entry in action.version.spec.inputs] == [SENT[NORTH.name]] * 2
-    other = replace(first, statistics=SENT | {SOUTH.name: {"fisher": "sha256:" + "0" * 64}})
-    assert other.wanted.name != first.wanted.name
+def saved(world: World, now: datetime) -> ModelVersion:
+    (action,) = plan(world, now)
+    assert isinstance(action, Save)
+    assert isinstance(action.resource, ModelVersion)
+    return action.resource
 
 
-def test_a_method_that_reads_none_does_not_look_at_them():
-    assert not lacking(World(policy(), BASE, (NORTH, SOUTH)))
+def test_a_version_asks_for_what_its_method_reads_and_then_is_merged():
+    pending = version(FISHER, *VECTORS)
+    world = World(FISHER, BASE, VECTORS, (pending,), statistics=TWO)
+    asking = saved(world, at(5))
+    assert (asking.status.phase, asking.status.measuring_started_at) == (Phase.MEASURING, at(5))
+    world = replace(world, versions=(asking,))
+    assert plan(world, at(6)) == [WakeAt(at(1005))]
+    assert "waiting for the fisher statistics of east-1, which agents send" in explain(world, at(6))
+    complete = replace(world, statistics=SENT)
+    merging = saved(complete, at(7))
+    assert merging.status.phase is Phase.PENDING
+    assert plan(replace(complete, versions=(merging,)), at(7)) == [RunJob(merging.name, "merge")]
 
 
-def test_a_hospital_is_not_left_out_while_its_statistics_may_still_come():
-    sent = {name: found for name, found in SENT.items() if name != EAST.name}
-    arrived = World(FISHER, BASE, (NORTH, SOUTH, EAST), statistics=sent)
-    assert plan(arrived, at(500)) == [WakeAt(at(3700))]
-    assert "2 hospitals; merging at 2030-01-01 01:01:40Z unless another arrives; waiting for the fisher" in explain(
-        arrived, at(500)
-    )
-    (late,) = plan(arrived, at(3700))
-    assert late.version.hospitals == ("north", "south")
-    (complete,) = plan(replace(arrived, statistics=SENT), at(500))
-    assert complete.version.hospitals == ("east", "north", "south")
+def test_where_all_are_here_nobody_is_asked():
+    world = World(FISHER, BASE, VECTORS, (version(FISHER, *VECTORS),), statistics=SENT)
+    assert plan(world, at(5)) == [RunJob(world.versions[0].name, "merge")]
+    plain = World(policy(), BASE, VECTORS, (version(policy(), *VECTORS),))
+    assert plan(plain, at(5)) == [RunJob(plain.versions[0].name, "merge")]
 
 
-def test_a_newer_vector_without_them_does_not_throw_its_hospital_out_at_once():
-    ready = World(FISHER, BASE, (NORTH, SOUTH, EAST), statistics=SENT)
-    made = ready.wanted.with_phase(Phase.READY, now=at(600), ready_at=at(600))
-    newer = vector("east", 2, at=1000)
-    after = replace(ready, vectors=(NORTH, SOUTH, EAST, newer), versions=(made,))
-    assert plan(after, at(1001)) == [WakeAt(at(4600))]
+def late() -> World:
+    """A version whose deadline has passed; east's statistics are missing."""
+    world = World(FISHER, BASE, VECTORS, (measuring(*VECTORS),), statistics=TWO)
+    return replace(world, versions=(saved(world, at(1000)),))
+
+
+def test_after_the_deadline_the_next_version_is_without_those_whose_statistics_are_missing():
+    world = late()
+    (given_up,) = world.versions
+    assert (given_up.status.phase, given_up.status.unmeasured) == (Phase.SUPERSEDED, ("east-1",))
+    assert {each.name for each in eligible(world)} == {"north-1", "south-1"}
+    (made,) = plan(world, at(1000))
+    assert made == CreateVersion(version(FISHER, NORTH, SOUTH).model_copy(update={"status": made.version.status}))
+    assert "left out until they come: the statistics of east-1" in explain(world, at(1000))
+
+
+def test_when_they_come_after_all_the_version_is_taken_up_again():
+    world = replace(late(), statistics=SENT)
+    revived = saved(world, at(2000))
+    assert (revived.name, revived.status.phase) == (world.versions[0].name, Phase.PENDING)
+
+
+def test_what_one_method_missed_is_not_missed_by_another():
+    other = replace(late(), policy=policy())
+    assert eligible(other) == tuple(sorted(VECTORS, key=lambda each: each.spec.artifact.digest))
+
+
+def test_a_ready_version_stays_while_a_newer_vector_is_measured():
+    ready = version(FISHER, *VECTORS, phase=Phase.READY, at=10)
+    newer = vector("east", 2, at=100)
+    world = World(FISHER, BASE, (*VECTORS, newer), (ready,), statistics=SENT)
+    (created,) = plan(world, at(200))
+    assert created.version.hospitals == ("east", "north", "south")
+    asking = created.version.with_phase(Phase.MEASURING, now=at(200), measuring_started_at=at(200))
+    world = replace(world, versions=(ready, asking))
+    assert plan(world, at(201)) == [WakeAt(at(1200))]
+
+
+def test_a_withdrawal_makes_the_next_version_at_once():
+    asking = measuring(*VECTORS)
+    gone = vector("east", withdrawn=True)
+    world = World(FISHER, BASE, (NORTH, SOUTH, gone), (asking,), statistics=TWO)
+    assert saved(world, at(5)).status.phase is Phase.REVOKED
+    world = replace(world, versions=(saved(world, at(5)),))
+    (created,) = plan(world, at(5))
+    assert created.version.hospitals == ("north", "south")
+
+
+@pytest.mark.parametrize("change", [{"suspend": True}, {"method": "mean"}])
+def test_a_version_that_is_measured_finishes_or_gives_way_like_any_other(change):
+    rules = policy(**{"method": "fisher", "deadline_seconds": 1000, **change})
+    asking = measuring(*VECTORS)
+    world = World(rules, BASE, VECTORS, (asking,), statistics=TWO)
+    planned = plan(world, at(5))
+    if "suspend" in change:
+        assert planned == [WakeAt(at(1000))]
+    else:
+        assert planned[0].resource.status.phase is Phase.SUPERSEDED
+        assert isinstance(planned[1], CreateVersion)
+
+
+def test_vectors_of_a_version_that_is_measured_are_kept():
+    newer = vector("east", 2, at=100)
+    asking = measuring(*VECTORS)
+    assert sweep([asking], (*VECTORS, newer), running=(), on_disk=(), now=at(200)) == []

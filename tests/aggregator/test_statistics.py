@@ -12,7 +12,7 @@ import pytest
 from agent.client import Client
 from agent.ledger import Ledger, read_ledger
 from agent.upload import send_statistics, upload
-from datavector.errors import NotFinite, NotFound, ProtocolError, TryAgain, WrongDigest, WrongLayout
+from datavector.errors import AlreadyWithdrawn, NotFinite, NotFound, ProtocolError, TryAgain, WrongDigest, WrongLayout
 from datavector.files import sha256_file
 from datavector.layout import FLOAT, write_tensors
 from datavector.merge.statistics import FISHER, layout_of
@@ -133,62 +133,82 @@ def test_what_is_not_as_announced_is_refused_and_nothing_is_kept(asked, changes,
     assert not asked.files
 
 
-def test_a_withdrawal_while_they_come_leaves_nothing(asked, connect):
-    task, file, held = asked.task(), asked.file(), threading.Event()
-    info, data = describe(task, file), file.read_bytes()
+class OpenStream:
+    """Statistics that are held before their final record, sent by a client of its own."""
 
-    def messages():
-        yield UploadRequest(open=UploadOpen(statistics=info)).SerializeToString()
-        yield from (frame_chunk(data[begin : begin + CHUNK]) for begin in range(0, len(data), CHUNK))
-        held.wait()
-        yield UploadRequest(final=UploadFinal(size=info.size, sha256=info.sha256)).SerializeToString()
+    def __init__(self, client: Client, info: StatisticsInfo, data: bytes) -> None:
+        self.ended_by: Exception | None = None
+        self._arrived, self._goes_on = threading.Event(), threading.Event()
+        self._info, self._data = info, data
+        self._thread = threading.Thread(target=self._run, args=(client,), daemon=True)
+        self._thread.start()
+        self._arrived.wait()
 
-    sending = connect(asked.receiver.address, ledger=Ledger(asked.folder / "other.jsonl"))
-    ended: list[Exception] = []
+    def _messages(self):
+        yield UploadRequest(open=UploadOpen(statistics=self._info)).SerializeToString()
+        for begin in range(0, len(self._data), CHUNK):
+            yield frame_chunk(self._data[begin : begin + CHUNK])
+        self._arrived.set()
+        self._goes_on.wait()
+        yield UploadRequest(final=UploadFinal(size=self._info.size, sha256=self._info.sha256)).SerializeToString()
 
-    def send():
+    def _run(self, client: Client) -> None:
         try:
-            sending.send_statistics(messages())
+            client.send_statistics(self._messages())
         except Exception as error:
-            ended.append(error)
+            self.ended_by = error
 
-    thread = threading.Thread(target=send)
-    thread.start()
-    try:
-        asked.client.withdraw()
-    finally:
-        held.set()
-    thread.join()
-    assert isinstance(ended[0], NotFound)
+    def end(self) -> Exception | None:
+        self._goes_on.set()
+        self._thread.join()
+        return self.ended_by
+
+
+@pytest.fixture
+def hold(asked, connect):
+    """Opens a stream of a file, up to its final record: `hold(file)`."""
+
+    def begin(file: Path) -> OpenStream:
+        client = connect(asked.receiver.address, ledger=Ledger(asked.folder / "other.jsonl"))
+        return OpenStream(client, describe(asked.task(), file), file.read_bytes())
+
+    return begin
+
+
+def test_a_withdrawal_while_they_come_leaves_nothing(asked, hold):
+    stream = hold(asked.file())
+    asked.client.withdraw()
+    assert isinstance(stream.end(), AlreadyWithdrawn)
     assert not asked.files
 
 
-def test_the_newer_of_two_streams_goes_on(asked):
-    task, file = asked.task(), asked.file()
-    info, opened = describe(task, file), threading.Event()
+def test_what_is_erased_while_it_comes_is_wanted_no_more(asked, hold):
+    stream = hold(asked.file())
+    asked.receiver.store.erase_blob("north", asked.vector_sha256)
+    assert isinstance(stream.end(), NotFound)
+    assert not asked.files
 
-    def messages():
-        yield UploadRequest(open=UploadOpen(statistics=info)).SerializeToString()
-        yield frame_chunk(file.read_bytes()[:CHUNK])
-        opened.wait()
 
-    ended: list[Exception] = []
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_newer_of_two_streams_goes_on_also_where_it_was_measured_anew(asked, hold, seed):
+    stream, newer = hold(asked.file()), asked.file(seed=seed)
+    asked.send(newer)
+    assert isinstance(stream.end(), TryAgain)
+    assert asked.stored == {FISHER: f"sha256:{sha256_file(newer)}"}
+    assert len(asked.files) == 1
 
-    def send():
-        try:
-            asked.client.send_statistics(messages())
-        except Exception as error:
-            ended.append(error)
 
-    thread = threading.Thread(target=send)
-    thread.start()
-    try:
-        asked.send(file)
-    finally:
-        opened.set()
-    thread.join()
-    assert isinstance(ended[0], TryAgain)
-    assert asked.stored == {FISHER: f"sha256:{info.sha256}"}
+def test_parts_that_were_left_do_not_add_up(asked):
+    for seed in range(3):
+        file = asked.file(seed=seed)
+        info = describe(asked.task(), file)
+        cut = [
+            UploadRequest(open=UploadOpen(statistics=info)).SerializeToString(),
+            frame_chunk(file.read_bytes()[:CHUNK]),
+        ]
+        with pytest.raises(TryAgain):
+            asked.client.send_statistics(iter(cut))
+    assert len(asked.files) == 1
 
 
 def test_they_are_erased_with_the_vector(asked):

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from datavector.checkpoints import compare_files, merge_files
-from datavector.errors import ArtifactError, UsageError, WrongLayout
+from datavector.errors import ArtifactError, NotFinite, UsageError, WrongLayout
 from datavector.merge import methods
 
 
@@ -64,6 +64,15 @@ def test_the_output_has_the_bases_types(tmp_path, dtype):
     tuned = [load_file(tmp_path / f"m{seed}.safetensors")["fc.weight"].double() for seed in (1, 2)]
     assert found.dtype == dtype
     torch.testing.assert_close(found.double(), (tuned[0] + tuned[1]) / 2, rtol=1e-2, atol=1e-2)
+
+
+def test_weights_that_overflow_the_bases_type_are_refused_and_leave_nothing(tmp_path):
+    for name, value in {"base": 0.0, "m1": 6e4, "m2": 6e4}.items():
+        save_file({"fc.weight": torch.full((2, 2), value, dtype=torch.float16)}, tmp_path / f"{name}.safetensors")
+    tuned = [tmp_path / "m1.safetensors", tmp_path / "m2.safetensors"]
+    with pytest.raises(NotFinite, match=r"fc\.weight overflow F16"):
+        merge_files(tmp_path / "base.safetensors", tuned, "sum", {}, tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
 
 
 @given(st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1))
