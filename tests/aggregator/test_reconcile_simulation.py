@@ -1,4 +1,4 @@
-"""Random histories of arrivals, withdrawals, jobs, visits, time and crashes, carried out in memory."""
+"""Random histories of arrivals, withdrawals, jobs, visits, statistics, time and crashes, carried out in memory."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ from tests.aggregator.objects import BASE, START, policy, vector
 POLICIES = (
     policy("prompt", min_hospitals=1, quiet=0, max_wait=0, mode="uploaded", history=2),
     policy("patient", min_hospitals=2, quiet=60, max_wait=200, mode="visit", visits=2, deadline_seconds=500),
+    policy("measured", min_hospitals=1, quiet=0, max_wait=0, method="fisher", deadline_seconds=400),
 )
 HOSPITALS = ("north", "south", "east")
 ROUNDS = 30  # of planning, until nothing but waiting may be left
@@ -46,6 +47,7 @@ EVENTS = st.lists(
         st.tuples(st.just("arrive"), HOSPITAL),
         st.tuples(st.just("withdraw"), HOSPITAL),
         st.tuples(st.just("visit"), HOSPITAL),
+        st.tuples(st.just("measure"), HOSPITAL),
         st.tuples(st.just("finish"), st.integers(0, 3)),
         st.tuples(st.just("fail"), st.integers(0, 3)),
         st.tuples(st.just("fall over"), st.integers(0, 3)),
@@ -67,6 +69,7 @@ class Aggregator:
         self.running: dict[str, Stage] = {}
         self.on_disk: set[str] = set()
         self.blobs: set[str] = set()
+        self.measured: set[str] = set()
         self._crashes: Iterator[int] = iter(crashes)
 
     # --- What happens to it
@@ -86,6 +89,9 @@ class Aggregator:
                     if version.status.phase is Phase.CALIBRATING and hospital in version.hospitals:
                         rounds = self.visits.setdefault(name, {})
                         rounds[hospital] = rounds.get(hospital, 0) + 1
+            case ("measure", str(hospital)):
+                own = [name for name, each in self.vectors.items() if each.spec.hospital == hospital]
+                self.measured |= set(own[-1:]) & self.blobs
             case ("finish", int(number)):
                 self._end_job(number)
             case ("fail", int(number)):
@@ -153,6 +159,7 @@ class Aggregator:
             versions=tuple(each for each in self.versions.values() if each.spec.policy_ref == of.name),
             reports=self.reports,
             visits=self.visits,
+            statistics=dict.fromkeys(self.measured, ("fisher",)),
             running=frozenset(self.running),
         )
 
@@ -166,6 +173,7 @@ class Aggregator:
             case RunJob(name, stage):
                 assert name not in self.running
                 assert self.versions[name].vectors <= self.blobs
+                assert self.versions[name].vectors <= self.measured or not self.versions[name].spec.method.statistics
                 self.running[name] = stage
                 self.on_disk.add(name)
             case StopJob(name):
@@ -178,6 +186,7 @@ class Aggregator:
             case EraseBlob(erased):
                 assert erased.granted is self.vectors[erased.name].granted
                 self.blobs.discard(erased.name)
+                self.measured.discard(erased.name)
                 self.vectors[erased.name] = erased
 
     # --- What must always hold
@@ -258,7 +267,9 @@ def test_crashes_between_any_two_actions_change_nothing_in_the_end(events, crash
 def test_after_a_withdrawal_the_rest_becomes_what_it_is_without_that_hospital(events, gone):
     """Among hospitals that sent once: what is Ready in the end is what never had the hospital that left."""
     arrivals = [(kind, name) for kind, name in events if kind == "arrive"]
-    sent = list(dict.fromkeys(arrivals))
+    sent = [
+        each for name in dict.fromkeys(name for _, name in arrivals) for each in (("arrive", name), ("measure", name))
+    ]
     left = live_through([*sent, *itertools.repeat(("finish", 0), 20), ("withdraw", gone)])
     never = live_through([event for event in sent if event[1] != gone])
     for aggregator in (left, never):
@@ -277,6 +288,6 @@ def test_a_job_that_always_fails_is_given_up_within_its_attempts():
         aggregator.settle()
         aggregator.happen(("pass", 600))
         aggregator.settle()
-    (version,) = aggregator.versions.values()
+    (version,) = (each for each in aggregator.versions.values() if each.spec.policy_ref == "prompt")
     assert (version.status.phase, version.status.message) == (Phase.FAILED, "no luck")
     assert aggregator.on_disk == set()
