@@ -23,7 +23,9 @@ class Metrics:
         self.corrupt_images = Gauge(
             "datavector_agent_corrupt_images", "Images that could not be decoded.", ["split"], registry=self.registry
         )
-        self.sent_bytes = Counter("datavector_agent_sent_bytes", "Bytes of vectors sent.", registry=self.registry)
+        self.sent_bytes = Counter(
+            "datavector_agent_sent_bytes", "Bytes of vectors and of statistics sent.", registry=self.registry
+        )
         self.uploads = Counter("datavector_agent_uploads", "Uploads by outcome.", ["outcome"], registry=self.registry)
         self.tasks = Counter(
             "datavector_agent_tasks", "Tasks by kind and outcome.", ["kind", "outcome"], registry=self.registry

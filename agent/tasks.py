@@ -143,7 +143,7 @@ class TaskServer:
         info = StatisticsInfo(task_id=task.id, sha256=sha256_file(file), size=file.stat().st_size)
         try:
             with progress("upload of statistics") as show:
-                send_statistics(self.client, task, file, info, on_progress=show)
+                self.metrics.sent_bytes.inc(send_statistics(self.client, task, file, info, on_progress=show))
         except ArtifactError:
             file.unlink()  # to be measured anew
             raise

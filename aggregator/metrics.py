@@ -20,7 +20,9 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.received_bytes = self._counter("received_bytes", "Bytes of vectors that arrived, repeated ones included.")
+        self.received_bytes = self._counter(
+            "received_bytes", "Bytes of vectors and of statistics that arrived, repeated ones included."
+        )
         self.resumed_bytes = self._counter("resumed_bytes", "Bytes that were here already when an upload went on.")
         self.fetched_bytes = self._counter("fetched_bytes", "Bytes of bases, merged weights and releases sent out.")
         self.uploads = self._counter("uploads", "Upload streams by how they ended.", "outcome")
