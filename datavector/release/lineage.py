@@ -56,16 +56,7 @@ def describe(lineage: Lineage, base: BaseModel, *, opset: int, parity: Mapping[s
         "base": {"name": base.name, "digest": base.digest, "architecture": base.architecture},
         "classes": list(base.classes),
         "input": {"size": base.input.size, "mean": list(base.input.mean), "std": list(base.input.std)},
-        "inputs": [
-            {
-                "vector": entry["dataVector"],
-                "hospital": entry["hospital"],
-                "digest": entry["digest"],
-                "sampleCount": entry["sampleCount"],
-                "statistics": entry.get("statistics", {}),
-            }
-            for entry in lineage.inputs
-        ],
+        "inputs": [_input(entry) for entry in lineage.inputs],
         "inputsHash": lineage.inputs_hash,
         "method": {"name": lineage.method, "parameters": dict(lineage.parameters)},
         "calibration": dict(lineage.calibration),
@@ -77,6 +68,16 @@ def describe(lineage: Lineage, base: BaseModel, *, opset: int, parity: Mapping[s
         "opset": opset,
         "parity": dict(parity),
     }
+
+
+def _input(entry: Mapping[str, Any]) -> dict[str, Any]:
+    described = {
+        "vector": entry["dataVector"],
+        "hospital": entry["hospital"],
+        "digest": entry["digest"],
+        "sampleCount": entry["sampleCount"],
+    }
+    return described | ({"statistics": dict(entry["statistics"])} if entry.get("statistics") else {})
 
 
 def model_metadata(description: Mapping[str, Any]) -> dict[str, str]:
