@@ -106,6 +106,7 @@ def _beside_mergekit(folder: Path, base: BaseModel, vectors: list[Path]) -> None
     models = [folder / f"model-{index}.safetensors" for index in range(len(vectors))]
     for model, vector in zip(models, vectors, strict=True):
         save_file({name: pretrained[name] + change for name, change in load_file(vector).items()}, model)
+    os.sync()  # else the first ones measured share the disk with what was just written
     program, why = _mergekit()
     print(f"\n8 checkpoints of ViT-B/16's size, whole processes, one run each{why}")
     print(f"{'':14}{'datavector s':>14}{'RSS MiB':>9}{'mergekit s':>12}{'RSS MiB':>9}{'times':>7}{'difference':>12}")
