@@ -14,8 +14,8 @@ from torch import nn
 from torch.nn import functional
 
 from datavector.console import Progress
-from datavector.layout import FloatArray, write_tensors
-from datavector.merge.statistics import FISHER, REGMEAN, gram_inputs, layout_of
+from datavector.layout import FLOAT, FloatArray, TensorSpec, write_tensors
+from datavector.merge.statistics import FISHER, gram_inputs, layout_of
 from datavector.model import BaseModel
 from datavector.networks import preprocess
 
@@ -44,27 +44,30 @@ def write_statistics(
     Raises:
         DiskFull: no space is left.
     """
+    network, layout = network.to(device).eval(), layout_of(kind, base)
     if kind == FISHER:
-        write_fisher(path, network, base, images, labels, device=device, progress=progress)
+        found = _fisher(network, base, images, labels, device, progress)
     else:
-        write_regmean(path, network, base, images, device=device, progress=progress)
+        found = _regmean(network, base, images, device, progress)
+
+    def tensor(spec: TensorSpec) -> FloatArray:
+        if spec.name in found:
+            return found[spec.name].float().cpu().numpy()
+        # What has no gradient (BatchNorm statistics) is 0. Of a weight without a layer of its own the mean is taken.
+        return np.zeros(spec.shape, FLOAT) if kind == FISHER else np.eye(spec.shape[0], dtype=FLOAT)
+
+    write_tensors(path, layout, map(tensor, layout.tensors), mode=0o600)
 
 
-def write_fisher(
-    path: Path,
+def _fisher(
     network: nn.Module,
     base: BaseModel,
     images: torch.Tensor,
     labels: torch.Tensor,
-    *,
-    device: torch.device | str = "cpu",
-    progress: Progress = lambda _done, _total: None,
-) -> None:
-    """Mean over the images of the squared gradient of the label's log-probability, for each weight.
-
-    What has no gradient (BatchNorm statistics) is 0.
-    """
-    network = network.to(device).eval()
+    device: torch.device | str,
+    progress: Progress,
+) -> dict[str, torch.Tensor]:
+    """Mean over the images of the squared gradient of the label's log-probability, for each weight."""
     weights = dict(network.named_parameters())
     total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     for index in range(len(images)):
@@ -75,26 +78,14 @@ def write_fisher(
             if gradient is not None:
                 total[name] += gradient.square() / len(images)
         progress(index + 1, len(images))
-
-    def tensor(name: str, shape: tuple[int, ...]) -> FloatArray:
-        return total[name].cpu().numpy() if name in total else np.zeros(shape, dtype=np.float32)
-
-    layout = layout_of(FISHER, base)
-    write_tensors(path, layout, (tensor(spec.name, spec.shape) for spec in layout.tensors), mode=0o600)
+    return total
 
 
 @torch.no_grad()
-def write_regmean(
-    path: Path,
-    network: nn.Module,
-    base: BaseModel,
-    images: torch.Tensor,
-    *,
-    device: torch.device | str = "cpu",
-    progress: Progress = lambda _done, _total: None,
-) -> None:
+def _regmean(
+    network: nn.Module, base: BaseModel, images: torch.Tensor, device: torch.device | str, progress: Progress
+) -> dict[str, torch.Tensor]:
     """Sum of x x^T over the inputs x of each linear or convolutional layer (patches of an image, for the latter)."""
-    network = network.to(device).eval()
     grams: dict[str, torch.Tensor] = {}
 
     def add(name: str, layer: nn.Module, values: torch.Tensor) -> None:
@@ -112,13 +103,7 @@ def write_regmean(
         for begin in range(0, len(images), BATCH):
             network(preprocess(images[begin : begin + BATCH].to(device), base.input))
             progress(min(begin + BATCH, len(images)), len(images))
-
-    def tensor(name: str, shape: tuple[int, ...]) -> FloatArray:
-        gram = grams.get(name)  # a weight that is used without a layer of its own has none: its mean is taken
-        return np.eye(shape[0], dtype=np.float32) if gram is None else gram.float().cpu().numpy()
-
-    layout = layout_of(REGMEAN, base)
-    write_tensors(path, layout, (tensor(spec.name, spec.shape) for spec in layout.tensors), mode=0o600)
+    return grams
 
 
 def _rows(layer: nn.Module, values: torch.Tensor) -> torch.Tensor:

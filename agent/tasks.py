@@ -37,10 +37,10 @@ from datavector.errors import (
 from datavector.files import sha256_file
 from datavector.merge.batchnorm import Moments
 from datavector.merge.head import FeatureMoments
-from datavector.merge.restored import write_tuned
+from datavector.merge.restored import tuned_tensors
 from datavector.merge.statistics import KINDS as STATISTICS
 from datavector.model import BaseModel
-from datavector.networks import build, load_file
+from datavector.networks import build, load_file, load_weights
 from datavector.wire.v1.exchange_pb2 import (
     TASK_KIND_EVALUATE,
     TASK_KIND_RECALIBRATE_MEETING,
@@ -151,12 +151,9 @@ class TaskServer:
         return len(chosen)
 
     def _measure_statistics(self, kind: str, images: torch.Tensor, labels: torch.Tensor, file: Path) -> None:
-        network, own = build(self.base), file.with_name(f"{file.name}.own")
-        try:
-            write_tuned(own, self.base, self.settings.state / VECTOR, mode=0o600)
-            load_file(network, own, self.base.layout)
-        finally:
-            own.unlink(missing_ok=True)
+        network, names = build(self.base), (spec.name for spec in self.base.layout.tensors)
+        own = tuned_tensors(self.base, self.settings.state / VECTOR)
+        load_weights(network, dict(zip(names, own, strict=True)))
         device = choose_device(self.settings.training.device)
         with progress(f"{kind} statistics") as show:
 

@@ -110,7 +110,7 @@ class Calibrations:
         for offer in self.offers(hospital):
             if offer.id == task_id:
                 return offer
-        raise _not_waiting(hospital, task_id)
+        raise not_waiting(hospital, task_id)
 
     def pooled(self, hospital: str, task_id: str) -> dict[str, Moments]:
         """What the other hospitals left, pooled, by layer; empty before the first of them.
@@ -139,7 +139,7 @@ class Calibrations:
                 offer = Offer(calibration, int(number))
                 _demand_visit(offer)
                 return offer
-        raise _not_waiting(hospital, task_id)
+        raise not_waiting(hospital, task_id)
 
     def complete(self, hospital: str, offer: Offer, base: BaseModel, visit: Visit) -> str:
         """Stores a visit; one that was finished before stays as it is, since its answer may have got lost.
@@ -230,5 +230,6 @@ def _demand_visit(offer: Offer) -> None:
         raise ProtocolError(f"{version!r} is calibrated in a meeting", remedy="ask for tasks again")
 
 
-def _not_waiting(hospital: str, task_id: str) -> NotFound:
+def not_waiting(hospital: str, task_id: str) -> NotFound:
+    """What a hospital is told of a task, of whatever kind, that nobody wants of it."""
     return NotFound(f"task {task_id!r} does not wait for {hospital!r}", remedy="ask for tasks again")

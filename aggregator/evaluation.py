@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+from aggregator.calibration import not_waiting
 from aggregator.registry import Registry
 from aggregator.resources import ModelVersion, Phase
 from aggregator.store import Store
 from datavector.choice import Counts
-from datavector.errors import NotFound, ProtocolError
+from datavector.errors import ProtocolError
 
 TASK = "evaluate"
 
@@ -59,7 +60,7 @@ class OpenEvaluations:
         for evaluation in self._open():
             if evaluation.id == task_id and hospital in evaluation.hospitals:
                 return evaluation
-        raise NotFound(f"task {task_id!r} does not wait for {hospital!r}", remedy="ask for tasks again")
+        raise not_waiting(hospital, task_id)
 
     def complete(self, hospital: str, evaluation: OpenEvaluation, counts: Mapping[str, Counts]) -> str:
         """Stores what a hospital found; what it told before stays as it is, since the answer may have got lost.

@@ -376,14 +376,15 @@ def eligible(world: World) -> tuple[DataVector, ...]:
 
 def _missed(world: World) -> list[str]:
     """The vectors whose statistics have not come in time, and are still not here; sorted."""
-    kinds = world.policy.spec.method.statistics
-    waited = {
-        name
-        for version in world.versions
-        if version.status.unmeasured and version.spec.method.statistics == kinds
-        for name in version.status.unmeasured
-    }
-    return sorted(name for name in waited if kinds - set(world.statistics.get(name, ())))
+    return sorted(
+        {
+            name
+            for version in world.versions
+            if version.status.unmeasured and version.spec.method.statistics == world.policy.spec.method.statistics
+            for name in _unmeasured_inputs(version, world)
+            if name in version.status.unmeasured
+        }
+    )
 
 
 def desired_version(world: World, vectors: tuple[DataVector, ...]) -> ModelVersion:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from aggregator.appending import SHA256, Read, append, interrupted
+from aggregator.calibration import not_waiting
 from aggregator.ending import Ending, endable
 from aggregator.metrics import Metrics
 from aggregator.reconcile import Vectors
@@ -80,7 +81,7 @@ class StatisticsUploads:
         for wanted in self._of(hospital, asked):
             if wanted.id == task_id:
                 return wanted
-        raise _not_wanted(hospital, task_id)
+        raise not_waiting(hospital, task_id)
 
     def begin(self, wanted: Wanted, base: BaseModel, info: StatisticsInfo) -> tuple[int, bool]:
         """The durable offset, and whether statistics of this kind are here already.
@@ -120,12 +121,12 @@ class StatisticsUploads:
                 finally:
                     if self._streams.get(wanted) is ending:
                         del self._streams[wanted]
-            if wanted.name not in {vector.name for vector in self._usable(wanted.base_digest)}:
-                raise _not_wanted(wanted.vector.spec.hospital, wanted.id)  # replaced meanwhile
+            if wanted.name not in {vector.name for vector in self._usable().get(wanted.base_digest, ())}:
+                raise not_waiting(wanted.vector.spec.hospital, wanted.id)  # replaced meanwhile
             part.rename(part.with_suffix(""))
             fsync(part.parent)
         except FileNotFoundError:  # it was erased with its vector
-            raise _not_wanted(wanted.vector.spec.hospital, wanted.id) from None
+            raise not_waiting(wanted.vector.spec.hospital, wanted.id) from None
         except (AlreadyWithdrawn, ArtifactError, DiskFull, NotFound):
             part.unlink(missing_ok=True)
             raise
@@ -140,13 +141,14 @@ class StatisticsUploads:
 
     def _of(self, hospital: str, asked: Asked) -> Iterator[Wanted]:
         """What is asked for beside a hospital's vectors, whether it is here or not."""
+        usable = self._usable() if asked else {}
         for base, kind in sorted(asked):
-            for vector in self._usable(base):
+            for vector in usable.get(base, ()):
                 if vector.spec.hospital == hospital:
                     yield Wanted(vector, vector.name, kind)
 
-    def _usable(self, base_digest: str) -> tuple[DataVector, ...]:
-        return Vectors.of(self._registry.vectors()).usable.get(base_digest, ())
+    def _usable(self) -> dict[str, tuple[DataVector, ...]]:
+        return Vectors.of(self._registry.vectors()).usable
 
     def _is_here(self, wanted: Wanted) -> bool:
         spec = wanted.vector.spec
@@ -181,7 +183,3 @@ class StatisticsUploads:
 def _scanner(kind: str, base: BaseModel) -> VectorScanner:
     least = 0.0 if kind == FISHER else -LARGEST  # Fisher information is a mean of squares
     return VectorScanner(layout_of(kind, base), f"file of {kind} statistics", least)
-
-
-def _not_wanted(hospital: str, task_id: str) -> NotFound:
-    return NotFound(f"task {task_id!r} does not wait for {hospital!r}", remedy="ask for tasks again")

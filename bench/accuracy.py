@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional
 
 from agent.recalibrate import choose_images, measure, pooled_with
-from agent.statistics import write_fisher, write_regmean
+from agent.statistics import write_statistics
 from agent.train import (
     Augmented,
     TrainSettings,
@@ -220,8 +220,9 @@ class Study:
             result = train(self.base, training, validation, self.settings, folder)
             write_vector(vector, self.base, result.tensors(self.base))
             network, few = self._build(result.weights), choose_images(len(training), FISHER_IMAGES, self.cell.seed)
-            write_fisher(fisher, network, self.base, training.images[few], training.labels[few], device=self.device)
-            write_regmean(regmean, network, self.base, training.images, device=self.device)
+            for kind, path, chosen in ((FISHER, fisher, few), (REGMEAN, regmean, slice(None))):
+                images, labels = training.images[chosen], training.labels[chosen]
+                write_statistics(kind, path, network, self.base, images, labels, device=self.device)
             print(f"  {self.cell.name}: trained {name}", flush=True)
         number = sorted(self.training).index(name) + 100 * rotate
         return MergeInput(vector, f"sha256:{number:064x}", len(training), {FISHER: fisher, REGMEAN: regmean})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from datavector.layout import FloatArray, TensorFile, write_tensors
@@ -22,16 +22,22 @@ def write_restored(path: Path, base: BaseModel, merged: Path, replaced: Mapping[
         write_tensors(path, base.layout, (replaced[name] if name in replaced else weights.read(name) for name in names))
 
 
-def write_tuned(path: Path, base: BaseModel, vector: Path, *, mode: int = 0o644) -> None:
-    """A hospital's own model: the pretrained weights and its vector, statistics included.
+def tuned_tensors(base: BaseModel, vector: Path) -> Iterator[FloatArray]:
+    """A hospital's own model: the pretrained weights and its vector, statistics included; in the layout's order.
 
-    Args:
-        mode: of the file.
+    Raises:
+        WrongLayout: the file is no vector of this base.
+    """
+    with base.open() as pretrained, open_vector(vector, base) as difference:
+        for spec in base.layout.tensors:
+            yield pretrained.read(spec.name) + difference.read(spec.name)
+
+
+def write_tuned(path: Path, base: BaseModel, vector: Path) -> None:
+    """A hospital's own model, as `tuned_tensors` gives it, in a file.
+
     Raises:
         WrongLayout: the file is no vector of this base.
         DiskFull: no space is left.
     """
-    with base.open() as pretrained, open_vector(vector, base) as difference:
-        names = (spec.name for spec in base.layout.tensors)
-        tensors = (pretrained.read(name) + difference.read(name) for name in names)
-        write_tensors(path, base.layout, tensors, mode=mode)
+    write_tensors(path, base.layout, tuned_tensors(base, vector))

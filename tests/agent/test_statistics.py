@@ -2,7 +2,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from agent.statistics import write_fisher, write_regmean
+from agent.statistics import write_statistics
 from datavector.layout import TensorFile
 from datavector.merge.statistics import FISHER, REGMEAN, layout_of
 from datavector.networks import build, preprocess
@@ -17,7 +17,7 @@ def some_images(base, count=5):
 
 def test_fisher_information_is_the_mean_squared_gradient(base, tmp_path):
     (images, labels), network = some_images(base), build(base)
-    write_fisher(tmp_path / "fisher", network, base, images, labels)
+    write_statistics(FISHER, tmp_path / "fisher", network, base, images, labels)
     head = f"{base.head}.weight"
     expected = 0
     for index in range(len(images)):
@@ -31,8 +31,8 @@ def test_fisher_information_is_the_mean_squared_gradient(base, tmp_path):
 
 def test_a_gram_matrix_gives_a_layers_squared_answers(base, tmp_path):
     """The sum over places of (W x)^2 is the diagonal of W G W^T, for every layer that is a matrix."""
-    (images, _), network = some_images(base), build(base)
-    write_regmean(tmp_path / "regmean", network, base, images)
+    (images, labels), network = some_images(base), build(base)
+    write_statistics(REGMEAN, tmp_path / "regmean", network, base, images, labels)
     layout, answers = layout_of(REGMEAN, base), {}
 
     def keep(name, layer, output):
