@@ -29,14 +29,15 @@ from aggregator.reconcile import EXIT_PASSING
 from aggregator.resources import CalibrationMode, HeadMode, ModelVersion, VersionInput, utc_now
 from aggregator.store import Store, Visit
 from datavector.choice import HEAD, SINGLE, total
+from datavector.console import listed
 from datavector.errors import DataVectorError, DiskFull, WrongDigest
 from datavector.files import disk_full_at, sha256_file
-from datavector.layout import FloatArray
+from datavector.layout import FloatArray, TensorFile
 from datavector.merge import MergeInput, Share, gram_matrix, merge_vectors
 from datavector.merge.batchnorm import Moments, pool_layers, uploaded
 from datavector.merge.batchnorm import restore as restored_statistics
 from datavector.merge.cohort import cosines
-from datavector.merge.head import missing_classes, pool_features, solve_head
+from datavector.merge.head import pool_features, solvable, solve_head
 from datavector.merge.outliers import inspect_vectors
 from datavector.merge.restored import write_restored, write_tuned
 from datavector.model import BaseModel
@@ -155,7 +156,7 @@ def release(store: Store, version: ModelVersion, base: BaseModel) -> dict[str, A
     body = status.evaluation.chosen.removesuffix(HEAD) if status.evaluation else next(iter(version.bodies))
     candidates = candidates_of(store, version, base, body, visits)
     chosen = status.evaluation.chosen if status.evaluation else next(iter(candidates))
-    head = _head_report(version, base, chosen, visits)
+    head = head_report(version, base, chosen, visits)
     calibrated = store.version(version.name) / "calibrated.safetensors"
     write_restored(calibrated, base, store.merged(version.name, body), candidates[chosen])
     network = build(base)
@@ -240,7 +241,7 @@ def candidates_of(
         visits: those that count, as `calibrate` gives them.
     """
     statistics = restored_statistics(moments_of(store, version, base, body, visits))
-    solved = _solved_head(version, base, body, visits)
+    solved = _solved_head(store, version, base, body, visits)
     if solved is None:
         return {body: statistics}
     found = {f"{body}{HEAD}": statistics | solved}
@@ -285,25 +286,30 @@ def moments_of(
 
 
 def _solved_head(
-    version: ModelVersion, base: BaseModel, body: str, visits: list[Visit]
+    store: Store, version: ModelVersion, base: BaseModel, body: str, visits: list[Visit]
 ) -> dict[str, FloatArray] | None:
     """The closed-form head's tensors, or None where there is none."""
     given = [visit.features[body] for visit in visits if body in visit.features]
     if version.spec.head.mode is HeadMode.MERGED or not base.head or not given:
         return None
     pooled = pool_features(given)
-    if missing_classes(pooled):
+    if not solvable(pooled):
         return None
-    weight, bias = solve_head(pooled, strength=version.spec.head.strength)
-    return {f"{base.head}.weight": weight, f"{base.head}.bias": bias}
+    names = f"{base.head}.weight", f"{base.head}.bias"
+    with TensorFile(store.merged(version.name, body), base.layout) as merged:
+        head = [merged.read(name) for name in names]
+    return dict(zip(names, solve_head(pooled, *head, strength=version.spec.head.strength), strict=True))
 
 
-def _head_report(version: ModelVersion, base: BaseModel, chosen: str, visits: list[Visit]) -> dict[str, Any]:
+def head_report(version: ModelVersion, base: BaseModel, chosen: str, visits: list[Visit]) -> dict[str, Any]:
+    """What the release says of the chosen candidate's head."""
     given = [visit for visit in visits if visit.features]
     if chosen.endswith(HEAD):
         hospitals = [visit.hospital for visit in given]
-        images = sum(int(visit.features[chosen.removesuffix(HEAD)].counts.sum()) for visit in given)
-        return {"kind": "closed-form", "hospitals": hospitals, "images": images, "note": ""}
+        counts = np.sum([visit.features[chosen.removesuffix(HEAD)].counts for visit in given], axis=0)
+        without = [base.classes[index] for index in np.flatnonzero(counts == 0)]
+        note = f"as merged for {listed(without)}, of which nobody gave features" if without else ""
+        return {"kind": "closed-form", "hospitals": hospitals, "images": int(counts.sum()), "note": note}
     if version.spec.head.mode is HeadMode.MERGED:
         note = "as the policy says"
     elif version.status.evaluation:
@@ -313,7 +319,7 @@ def _head_report(version: ModelVersion, base: BaseModel, chosen: str, visits: li
     elif not given:
         note = "no visitor gave features"
     else:
-        note = f"nobody has {version.spec.head.floor} images or more of some class"
+        note = f"fewer than two classes have {version.spec.head.floor} images or more at any one hospital"
     return {"kind": "merged", "hospitals": [], "images": 0, "note": note}
 
 

@@ -292,13 +292,15 @@ class HeadMode(StrEnum):
 class Head(Part):
     mode: HeadMode = Field(
         default=HeadMode.AUTO,
-        description="merged: as merged. closed-form: solved from sums of features that hospitals give in a visit. "
+        description="merged: as merged. closed-form: corrected by sums of features that hospitals give in a visit. "
         "auto: closed-form where hospitals visit for BatchNorm anyway.",
     )
     floor: int = Field(
         default=5, ge=2, description="Images of a class below which a hospital leaves it out of its sums of features."
     )
-    strength: float = Field(default=10.0, gt=0, le=1000, description="Shrinkage of the features' covariance.")
+    strength: float = Field(
+        default=5.0, ge=0.001, le=1000, description="How strongly the closed-form head is held at the merged one."
+    )
 
 
 class EvaluationMethod(Part):
@@ -545,7 +547,7 @@ class HeadReport(Part):
     """What the release says of its classification head."""
 
     kind: Literal["merged", "closed-form"] = Field(description="Where it comes from.")
-    hospitals: tuple[str, ...] = Field(default=(), description="Whose features it was solved from.")
+    hospitals: tuple[str, ...] = Field(default=(), description="Whose features corrected it.")
     images: int = Field(default=0, description="Images that they were measured on.")
     note: str = Field(default="", description="Why in this way.")
 

@@ -5,7 +5,8 @@
 
 A cell is one way to divide images among hospitals, a number of hospitals and a seed. In its folder it keeps what each
 model says of the images (logits, and the features before its head), so that heads and choices can be tried later. What
-is there already is not computed again: a run that was cut goes on, and one with more bodies adds them.
+is there already is not computed again: a run that was cut goes on, and one with more bodies adds them. Names that begin
+with `second.` are of merged models that every hospital visited twice (`--second`).
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from agent.train import (
     learning_rate,
     train,
 )
+from aggregator.resources import DEFAULT_CANDIDATES
 from datavector.data import synthetic
 from datavector.data.images import ImageSet, load_images
 from datavector.data.lesions import Look
@@ -80,6 +82,7 @@ ATTACKED: tuple[tuple[str, dict[str, float]], ...] = (
     ("geometric-median", {}),
     ("krum", {}),
 )
+SECOND = "second."  # how the names begin of what two visits gave
 DIVISIONS = ("hospital_iid", "hospital_label_skew", "lesions_shift")
 FISHER_IMAGES = 32
 
@@ -107,6 +110,7 @@ class Setting:
     epochs: int
     images: int
     bodies: int
+    second: bool
     controls: bool
     attacks: bool
 
@@ -121,6 +125,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--images", type=int, default=IMAGES, help="training images of all hospitals together")
     parser.add_argument("--bodies", type=int, default=len(BODIES), help="only the first ones")
+    parser.add_argument("--second", action="store_true", help="the default candidates after a second visit, too")
     parser.add_argument("--controls", action="store_true", help="random vectors, and the pretrained backbone")
     parser.add_argument("--attacks", action="store_true", help="one hospital sends something else")
     arguments = vars(parser.parse_args())
@@ -187,6 +192,9 @@ class Study:
         write_json(self.folder / "gram.json", gram_matrix(self.base, vectors).tolist())
         for method, parameters in BODIES[: self.setting.bodies]:
             self._keep(body_id(method, parameters), partial(self._merged, vectors, method, parameters))
+        for candidate in DEFAULT_CANDIDATES if self.setting.second else ():
+            work = partial(self._merged, vectors, candidate.name, candidate.parameters, visits=2)
+            self._keep(f"{SECOND}{candidate.body}", work)
         if self.setting.controls:
             self._controls(vectors)
         if self.setting.attacks:
@@ -277,17 +285,17 @@ class Study:
     # --- Merging, restoring, asking
 
     def _merged(
-        self, inputs: Sequence[MergeInput], method: str, parameters: Mapping[str, float]
+        self, inputs: Sequence[MergeInput], method: str, parameters: Mapping[str, float], *, visits: int = 1
     ) -> dict[str, torch.Tensor]:
         output = self.folder / "merged"
         merge_vectors(self.base, inputs, method, parameters, output)
-        return self._visited(output)
+        return self._visited(output, visits)
 
-    def _visited(self, merged: Path) -> dict[str, torch.Tensor]:
-        """Everybody's visit, one after the other, as the product does it; then what the restored model says."""
+    def _visited(self, merged: Path, visits: int = 1) -> dict[str, torch.Tensor]:
+        """Everybody's visits, one after the other, as the product does it; then what the restored model says."""
         left: dict[str, dict[str, Moments]] = {}
         said: dict[str, torch.Tensor] = {}
-        for name, images in self.training.items():
+        for name, images in [*self.training.items()] * visits:
             others = pool_layers([moments for other, moments in left.items() if other != name])
             visit = measure(
                 self._network(merged), self.base, images.images, partial(pooled_with, others),
@@ -297,6 +305,9 @@ class Study:
             assert visit.features is not None
             said[f"features.train.{name}"] = visit.features.float()
         network = self._network(merged)
+        assert self.base.head
+        head = network.get_submodule(self.base.head)
+        said |= {f"head.{name}": getattr(head, name).detach().cpu().clone() for name in ("weight", "bias")}
         statistics = restore(pool_layers(list(left.values())))
         network.load_state_dict({name: torch.from_numpy(each) for name, each in statistics.items()}, strict=False)
         return said | self._answers(network, features=True)

@@ -2,6 +2,7 @@
 
 Heads and choices are computed here, from features and logits, as the product computes them. Every figure is of the test
 images, which nobody trained on and nobody chose by; the choice itself is made on the hospitals' validation images.
+`second.` begins the names of merged models that every hospital visited twice.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from numpy.typing import NDArray
 
 from agent.features import class_moments
 from aggregator.resources import DEFAULT_CANDIDATES, Head
+from bench.accuracy import SECOND
 from datavector.choice import HEAD, Counts, choose_candidate
-from datavector.merge.head import missing_classes, pool_features, solve_head
-from datavector.metrics import accuracy, balanced_accuracy, confusion_matrix
+from datavector.merge.head import pool_features, solvable, solve_head
+from datavector.metrics import accuracy, balanced_accuracy, calibration_error, confusion_matrix, reliability
 
 Logits = NDArray[np.float32]
 CONTROLS = ("random", "random-body", "pretrained")
@@ -81,14 +83,19 @@ class Cell:
                 for hospital in self.hospitals
             ]
         )
-        if missing_classes(moments):
+        if not solvable(moments):
             return {}
-        weight, bias = solve_head(moments, strength=Head().strength)
+        weight, bias = solve_head(moments, kept["head.weight"], kept["head.bias"], strength=Head().strength)
         asked = [key for key in kept.files if key.startswith("features.") and not key.startswith("features.train.")]
         return {key.removeprefix("features."): kept[key] @ weight.T + bias for key in asked}
 
     def score(self, name: str) -> Score | None:
         return self.score_of(self.answers(name).get("test"))
+
+    def unsure(self, name: str) -> float:
+        """The expected calibration error on the test images."""
+        probabilities = torch.from_numpy(self.answers(name)["test"]).softmax(1).numpy()
+        return calibration_error(reliability(self.labels["test"], probabilities))
 
     def score_of(self, logits: Logits | None) -> Score | None:
         if logits is None:
@@ -162,11 +169,14 @@ def _scores(group: str, cells: Sequence[Cell]) -> None:
         having = [cell for cell in cells if body in cell.said]
         name = f"`{body}`" + (f" ({len(having)} seeds)" if len(having) < len(cells) else "")
         _row(name, [cell.score(body) for cell in having], [cell.score(f"{body}{HEAD}") for cell in having])
-    _row("**auto**", [cell.score(cell.choice(usual())) for cell in cells])
+    for name, bodies in (("**auto**", usual()), ("**auto** after two visits", usual(SECOND))):
+        having = [cell for cell in cells if {*bodies} <= {*cell.bodies}]
+        _row(name, [cell.score(cell.choice(bodies)) for cell in having])
+    print(f"\nauto's calibration error: {', '.join(f'{cell.unsure(cell.choice(usual())):.3f}' for cell in cells)}")
 
 
-def usual() -> list[str]:
-    return [candidate.body for candidate in DEFAULT_CANDIDATES]
+def usual(prefix: str = "") -> list[str]:
+    return [f"{prefix}{candidate.body}" for candidate in DEFAULT_CANDIDATES]
 
 
 def _goals(cells: Sequence[Cell]) -> None:

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from datavector.console import listed
 from datavector.data.records import Record, demand_known
 from datavector.errors import NoImages, OneClassOnly
 
@@ -71,15 +72,15 @@ def _warnings(records: Sequence[Record], training: Mapping[str, int], classes: S
     torn = _torn_groups(records)
     warnings = []
     if absent:
-        warnings.append(f"No training image of {_listed(absent)}: this hospital cannot contribute to them.")
+        warnings.append(f"No training image of {listed(absent)}: this hospital cannot contribute to them.")
     if few:
-        warnings.append(f"Fewer than {FEW} training images of {_listed(few)}.")
+        warnings.append(f"Fewer than {FEW} training images of {listed(few)}.")
     if training[largest] >= IMBALANCE * training[smallest]:
         ratio = training[largest] / training[smallest]
         warnings.append(f"Strong imbalance: {largest} has {ratio:.0f} times as many training images as {smallest}.")
     if torn:
         warnings.append(
-            f"{len(torn)} groups have images in more than one split, which flatters results: {_listed(torn)}."
+            f"{len(torn)} groups have images in more than one split, which flatters results: {listed(torn)}."
         )
     return warnings
 
@@ -89,7 +90,3 @@ def _torn_groups(records: Sequence[Record]) -> list[str]:
     for record in records:
         splits[record.group][record.split or "train"] += 1
     return sorted(group for group, found in splits.items() if group and len(found) > 1)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

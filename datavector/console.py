@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
@@ -18,6 +18,11 @@ def say(text: str) -> None:
     """One line on standard output; a log gets the time before it."""
     prefix = "" if sys.stdout.isatty() else f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} "
     print(prefix + text, flush=True)
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many there are beside."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 @contextmanager

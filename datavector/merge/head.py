@@ -1,11 +1,12 @@
 """The closed-form head: a linear classifier on a merged backbone's features, from sums that hospitals give.
 
-A hospital gives, per class, count and sum of its penultimate features, and their second moment over all classes. From
-the sums over hospitals the head follows exactly, also where hospitals hold different classes; a hospital's part can be
-taken out again by leaving its sums out. numpy only.
+A hospital gives, per class, count and sum of its penultimate features, and their second moment over all classes. The
+sums over hospitals and the merged head determine it, also where hospitals hold different classes; a hospital's part is
+taken out again by merging without its vector and leaving its sums out. numpy only.
 
-The head is a ridge regression on the classes (Hoerl and Kennard, doi 10.1080/00401706.1970.10488634) in which each
-class weighs the same, however many images it has: classes are taken to share one covariance around their means.
+It is a ridge regression on the classes (Hoerl and Kennard, doi 10.1080/00401706.1970.10488634) in which each
+class weighs the same, however many images it has: classes are taken to share one covariance around their means. It is
+drawn to the merged head instead of to zero (targeted ridge regression, arXiv 1509.09169).
 """
 
 from __future__ import annotations
@@ -67,39 +68,81 @@ def pool_features(moments: Sequence[FeatureMoments]) -> FeatureMoments:
     return FeatureMoments(counts, _sum([each.sums for each in moments]), _sum([each.second for each in moments]))
 
 
-def missing_classes(moments: FeatureMoments) -> list[int]:
-    """The classes of which there is no image; with one of them there is no head."""
-    return [int(index) for index in np.flatnonzero(moments.counts == 0)]
+def solvable(moments: FeatureMoments) -> bool:
+    """Whether there is anything to tell apart: images of two classes or more."""
+    return int(np.count_nonzero(moments.counts)) >= 2
 
 
-def solve_head(moments: FeatureMoments, *, strength: float = 1.0) -> tuple[FloatArray, FloatArray]:
-    """The head that the moments determine.
+def solve_head(
+    moments: FeatureMoments, weight: FloatArray, bias: FloatArray, *, strength: float
+) -> tuple[FloatArray, FloatArray]:
+    """The head that the moments determine, starting from the merged one.
+
+    A class of which there are no images keeps the merged head's answers: relative to those for the other classes, at
+    the size of the new ones. For the others the merged bias is not used.
 
     Args:
-        moments: of everybody together; every class has images.
-        strength: shrinkage of the covariance: added to its diagonal, in units of its mean diagonal element.
+        moments: of everybody together.
+        weight: of the merged head, shape (classes, features).
+        bias: of the merged head, shape (classes,).
+        strength: how strongly the result is drawn to the merged head: in units of the features' mean variance.
     Returns:
-        float32: weight, shape (classes, features), and bias, shape (classes,).
+        float32: weight, shape (classes, features), and bias, shape (classes,). The logits are those that fit
+        `classes * one_hot - 1` best by least squares: what a softmax needs near even chances.
     Raises:
-        MergeError: a class has no image.
+        MergeError: fewer than two classes have images.
+        WrongLayout: the merged head is of another model.
+        NotFinite: the moments are too large for an answer.
     """
-    if missing := missing_classes(moments):
+    if not solvable(moments):
+        images = np.count_nonzero(moments.counts)
         raise MergeError(
-            f"nobody gave features of {len(missing)} classes", remedy="lower head.floor, or keep the merged head"
+            f"features came of {images} classes, and a head needs two", remedy="lower head.floor, or merge the head"
         )
-    classes, features = moments.sums.shape
-    means = moments.sums / moments.counts[:, None]
-    within = (moments.second - means.T @ (moments.counts[:, None] * means)) / moments.counts.sum()
+    if weight.shape != moments.sums.shape or bias.shape != moments.counts.shape:
+        raise WrongLayout(
+            f"the merged head has shapes {weight.shape} and {bias.shape}, the features' sums {moments.sums.shape}",
+            remedy="solve with the features of the same merged model",
+        )
+    present = moments.counts > 0
+    counts = moments.counts[present]
+    classes, features = len(counts), moments.sums.shape[1]
+    means = moments.sums[present] / counts[:, None]
     centre = means.mean(axis=0)
-    offsets = means - centre  # the centre only moves all logits by the same amount: taken out for precision
-    covariance = within + offsets.T @ offsets / classes
-    rounding = np.finfo(np.float64).eps * np.trace(moments.second) / moments.counts.sum()
-    covariance[np.diag_indices(features)] += strength * (max(np.trace(covariance), rounding) or 1.0) / features
-    weight = np.linalg.solve(covariance, offsets.T).T
-    # A regression's answers are within [0, 1]: made as sure as a discriminant of the projected classes is.
-    gaps, spreads = np.sum(weight * offsets), np.sum((weight @ covariance) * weight)
-    weight = (gaps / spreads if spreads > 0 else 1.0) * weight
-    return weight.astype(FLOAT), (-weight @ centre).astype(FLOAT)
+    offsets = means - centre  # they sum to zero, and so do the logits of the classes with images
+    within = (moments.second - means.T @ (counts[:, None] * means)) / counts.sum()
+    rounding = np.finfo(np.float64).eps * np.trace(moments.second) / counts.sum()
+    covariance = within + offsets.T @ offsets / classes + rounding * np.eye(features)
+    cross = offsets / classes  # covariance of the classes, as 0 and 1, and the features
+
+    merged = weight - weight[present].mean(axis=0, dtype=np.float64)
+    target = max(_fit(merged[present], cross, covariance), 0.0) * merged[present]
+    shrinkage = strength * (np.trace(covariance) / features or 1.0)
+    missed = cross - target @ covariance
+    solved = target + np.linalg.solve(covariance + shrinkage * np.eye(features), missed.T).T
+    solved *= classes * _fit(solved, cross, covariance)  # shrinkage had made its answers too small
+
+    before, after = _spread(merged[present], covariance), _spread(solved, covariance)
+    size = np.sqrt(after / before) if before > 0 else 1.0
+    answers = weight @ centre + bias
+    all_weights = size * merged
+    all_weights[present] = solved
+    at_centre = np.where(present, 0.0, size * (answers - answers[present].mean()))
+    found = all_weights.astype(FLOAT), (at_centre - all_weights @ centre).astype(FLOAT)
+    if not all(np.isfinite(each).all() for each in found):
+        raise NotFinite("the closed-form head is not finite", remedy="raise head.strength, or set head.mode to merged")
+    return found
+
+
+def _fit(weight: DoubleArray, cross: DoubleArray, covariance: DoubleArray) -> float:
+    """The factor with which the weight's answers fit the classes best, by least squares; 0 where it has none."""
+    spread = _spread(weight, covariance)
+    return float(np.sum(weight * cross) / spread) if spread > 0 else 0.0
+
+
+def _spread(weight: DoubleArray, covariance: DoubleArray) -> float:
+    """The sum of the variances of the weight's answers."""
+    return float(np.sum((weight @ covariance) * weight))
 
 
 def _sum(arrays: Sequence[DoubleArray]) -> DoubleArray:

@@ -124,7 +124,7 @@ def _head(head: Mapping[str, Any]) -> str:
     if not head:
         return "as merged."
     who = f", from features of {head['images']} images of {', '.join(map(_escape, head['hospitals']))}"
-    note = f"; {head['note']}" if head["note"] else ""
+    note = f"; {_escape(head['note'])}" if head["note"] else ""
     return f"{head['kind']}{who if head['hospitals'] else ''}{note}."
 
 

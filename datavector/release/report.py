@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from datavector.console import listed
 from datavector.metrics import Confusion, calibration_error, per_class
 from datavector.release.charts import length_bar, reliability_diagram, spread_strip
 from datavector.release.markup import Html, element, html, join
@@ -242,8 +243,8 @@ def _head(release: Release) -> Html:
         return _section(title, _absent("Left out: the merge did not report it."))
     if head["kind"] == "closed-form":
         text = (
-            "Closed-form: the last layer was solved from sums of the merged network's features over "
-            f"{_count(head['images'], 'image')} of {_names(head['hospitals'])}, not merged."
+            "Closed-form: the last layer is the merged one, corrected by sums of the merged network's features over "
+            f"{_count(head['images'], 'image')} of {listed(head['hospitals'], LISTED)}."
         )
     else:
         text = "Merged: the last layer is a merge of the hospitals' own, as all others are."
@@ -261,7 +262,7 @@ def _statistics(release: Release) -> Html:
     text = element("p", how.get(calibration["mode"], "") + _note(calibration))
     facts = {"mode": calibration["mode"]}
     if calibration["hospitals"]:
-        facts |= {"hospitals": _names(calibration["hospitals"]), "images": str(calibration["images"])}
+        facts |= {"hospitals": listed(calibration["hospitals"], LISTED), "images": str(calibration["images"])}
     return _section(title, text, _facts(facts))
 
 
@@ -487,11 +488,6 @@ def _percent(share: float) -> str:
 
 def _count(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or one + 's'}"
-
-
-def _names(hospitals: Sequence[str]) -> str:
-    shown = ", ".join(hospitals[:LISTED])
-    return shown if len(hospitals) <= LISTED else f"{shown} and {len(hospitals) - LISTED} more"
 
 
 def _sentence(text: str) -> str:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from aggregator.job import calibrate, moments_of
+from aggregator.job import calibrate, candidates_of, head_report, moments_of
 from aggregator.reconcile import EXIT_PASSING, Base, World, desired_version, eligible
 from aggregator.resources import ModelVersion, Phase, utc_now
 from aggregator.store import Store, Visit
 from datavector.files import sha256_file
 from datavector.layout import TensorFile, write_tensors
 from datavector.merge.batchnorm import Moments, pool, restore
+from datavector.merge.head import FeatureMoments, pool_features, solve_head
 from datavector.merge.restored import write_restored
 from datavector.merge.statistics import FISHER, layout_of
-from datavector.model import BaseModel, is_statistic
+from datavector.model import BaseModel, Input, is_statistic, save_base
 from datavector.vector import open_vector
 from tests.aggregator.objects import policy
 
@@ -67,6 +69,14 @@ def visit(base: BaseModel, hospital: str, images: int, *, rounds: int = 1) -> Vi
         for layer, n in channels.items()
     }
     return Visit(hospital, images, rounds, moments)
+
+
+def features(base: BaseModel, seed: int, counts: tuple[int, ...]) -> FeatureMoments:
+    random = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    values = random.normal(size=(len(labels), base.features))
+    sums = np.stack([values[labels == each].sum(axis=0) for each in range(len(counts))])
+    return FeatureMoments(np.array(counts), sums, values.T @ values)
 
 
 def damaged(content: bytes) -> bytes:
@@ -266,6 +276,46 @@ def test_a_release_says_how_often_every_hospital_was_visited(store, start, small
     for name, done in zip(("north", "east"), rounds, strict=True):
         store.save_visit(version.name, visit(small_base, name, 30, rounds=done))
     assert calibrate(store, version, small_base)[0]["note"] == note
+
+
+def test_a_head_is_solved_around_the_merged_one_also_where_nobody_gave_features_of_a_class(store, start, tmp_path):
+    random = np.random.default_rng(0)
+    shapes = {"bn0.running_mean": 4, "bn0.running_var": 4, "last.weight": (3, 5), "last.bias": 3}
+    base = save_base(
+        tmp_path / "base", name="headed", architecture="handmade", classes=("a", "b", "c"),
+        input=Input(8, (0.5,) * 3, (0.5,) * 3), head_seed=0, pretrained="",
+        tensors={name: random.uniform(1, 2, shape).astype("f4") for name, shape in shapes.items()},
+    )  # fmt: skip
+    store.import_base(base.path)
+    version = start(base=base, mode="visit", quorum=2)
+    assert run(store, version, "merge").returncode == 0
+    with TensorFile(store.merged(version.name, "sum"), base.layout) as merged:
+        head = [merged.read(name) for name in ("last.weight", "last.bias")]
+
+    def outcome(north: tuple[int, ...], east: tuple[int, ...]):
+        given = [features(base, 1, north), features(base, 2, east)]
+        for name, each in zip(("north", "east"), given, strict=True):
+            store.save_visit(version.name, replace(visit(base, name, 50), features={"sum": each}))
+        _, visits = calibrate(store, version, base)
+        candidates = candidates_of(store, version, base, "sum", visits)
+        return candidates, head_report(version, base, next(iter(candidates)), visits), pool_features(given)
+
+    for north, east, note in (
+        ((20, 10, 9), (5, 0, 8), ""),
+        ((20, 10, 0), (5, 0, 0), "as merged for c, of which nobody gave features"),
+    ):
+        candidates, report, pooled = outcome(north, east)
+        weight, bias = solve_head(pooled, *head, strength=version.spec.head.strength)
+        assert list(candidates) == ["sum.head", "sum"]
+        assert np.array_equal(candidates["sum.head"]["last.weight"], weight)
+        assert np.array_equal(candidates["sum.head"]["last.bias"], bias)
+        assert set(candidates["sum"]) == {"bn0.running_mean", "bn0.running_var"}
+        images = sum(north + east)
+        assert report == {"kind": "closed-form", "hospitals": ["east", "north"], "images": images, "note": note}
+
+    candidates, report, _ = outcome((20, 0, 0), (5, 0, 0))
+    assert list(candidates) == ["sum"]
+    assert report["note"] == "fewer than two classes have 5 images or more at any one hospital"
 
 
 def test_below_the_quorum_the_uploaded_statistics_are_the_last_resort_and_labelled(store, start, small_base):

@@ -142,7 +142,7 @@ def test_a_page_shows_what_was_tried_what_each_scored_and_what_was_chosen(evalua
 
 def test_a_page_shows_where_the_head_the_statistics_and_the_weights_come_from(evaluated):
     text = text_of(report_page(evaluated))
-    assert "solved from sums of the merged network's features over 200 images of north, south" in text
+    assert "corrected by sums of the merged network's features over 200 images of north, south" in text
     assert "mode visit hospitals north, south images 200" in text
     assert "parameters scale = 1" in text
     assert "ONNX opset 20 ONNX against torch 1.0e-06 at most" in text

@@ -128,7 +128,10 @@ def test_the_model_cards_client_turns_an_image_upright_as_predict_does(tiny_rele
 def test_a_name_cannot_write_markup_into_the_model_card(tiny_release: Path) -> None:
     description = json.loads((tiny_release / "release.json").read_text(encoding="utf-8"))
     description["inputs"][0]["hospital"] = "x|<b>\n# y"
-    assert r"| x\|\<b\> \# y | 120 |" in model_card(description)
+    description["head"] = {"kind": "closed-form", "hospitals": ["a"], "images": 9, "note": "as merged for <b>|c"}
+    card = model_card(description)
+    assert r"| x\|\<b\> \# y | 120 |" in card
+    assert r"as merged for \<b\>\|c" in card
 
 
 def test_the_probes_are_photographs_of_several_shapes_with_torchs_logits(tiny_release: Path) -> None:
