@@ -95,9 +95,9 @@ def solve_head(
         NotFinite: the moments are too large for an answer.
     """
     if not solvable(moments):
-        images = np.count_nonzero(moments.counts)
+        given = f"{np.count_nonzero(moments.counts)} of {len(moments.counts)} classes"
         raise MergeError(
-            f"features came of {images} classes, and a head needs two", remedy="lower head.floor, or merge the head"
+            f"features came of {given}, and a head needs two", remedy="lower head.floor, or set head.mode to merged"
         )
     if weight.shape != moments.sums.shape or bias.shape != moments.counts.shape:
         raise WrongLayout(
@@ -115,6 +115,7 @@ def solve_head(
     covariance = within + offsets.T @ offsets / classes + rounding * np.eye(features)
     cross = offsets / classes  # covariance of the classes, as 0 and 1, and the features
 
+    # The classes with images: a ridge regression on what the merged head's answers miss.
     merged = weight - weight[present].mean(axis=0, dtype=np.float64)
     target = max(_fit(merged[present], cross, covariance), 0.0) * merged[present]
     shrinkage = strength * (np.trace(covariance) / features or 1.0)
@@ -122,6 +123,7 @@ def solve_head(
     solved = target + np.linalg.solve(covariance + shrinkage * np.eye(features), missed.T).T
     solved *= classes * _fit(solved, cross, covariance)  # shrinkage had made its answers too small
 
+    # Those without keep the merged rows, at the size of the solved ones.
     before, after = _spread(merged[present], covariance), _spread(solved, covariance)
     size = np.sqrt(after / before) if before > 0 else 1.0
     answers = weight @ centre + bias

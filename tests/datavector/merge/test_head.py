@@ -144,7 +144,7 @@ def test_a_class_that_nobody_gave_is_answered_as_by_the_merged_head(rows):
 def test_images_of_one_class_alone_make_no_head():
     pooled = pool_features([moments_of(*hospital(1, classes=(2,)))])
     assert not solvable(pooled)
-    with pytest.raises(MergeError, match="of 1 classes"):
+    with pytest.raises(MergeError, match="of 1 of 3 classes"):
         solve(pooled)
 
 
