@@ -1,8 +1,8 @@
 """The closed-form head: a linear classifier on a merged backbone's features, from sums that hospitals give.
 
 A hospital gives, per class, count and sum of its penultimate features, and their second moment over all classes. The
-sums over hospitals and the merged head determine it, also where hospitals hold different classes; a hospital's part is
-taken out again by merging without its vector and leaving its sums out. numpy only.
+sums over hospitals and the merged head determine it, also where hospitals hold different classes; a hospital's sums can
+be left out again exactly, as long as the merged model is the same. numpy only.
 
 It is a ridge regression on the classes (Hoerl and Kennard, doi 10.1080/00401706.1970.10488634) in which each
 class weighs the same, however many images it has: classes are taken to share one covariance around their means. It is
@@ -78,8 +78,8 @@ def solve_head(
 ) -> tuple[FloatArray, FloatArray]:
     """The head that the moments determine, starting from the merged one.
 
-    A class of which there are no images keeps the merged head's answers: relative to those for the other classes, at
-    the size of the new ones. For the others the merged bias is not used.
+    A class without images keeps the merged head's answers relative to the other classes', scaled to the new ones.
+    Classes with images do not use the merged bias.
 
     Args:
         moments: of everybody together.
@@ -87,12 +87,13 @@ def solve_head(
         bias: of the merged head, shape (classes,).
         strength: how strongly the result is drawn to the merged head: in units of the features' mean variance.
     Returns:
-        float32: weight, shape (classes, features), and bias, shape (classes,). The logits are those that fit
-        `classes * one_hot - 1` best by least squares: what a softmax needs near even chances.
+        float32: weight, shape (classes, features), and bias, shape (classes,). With n classes that have images, their
+        logits fit n for an image's own class and 0 for the others, less 1, by least squares: then probabilities are
+        about right where classes are hard to tell apart.
     Raises:
         MergeError: fewer than two classes have images.
         WrongLayout: the merged head is of another model.
-        NotFinite: the moments are too large for an answer.
+        NotFinite: the moments are too large for an answer, or the strength is too small.
     """
     if not solvable(moments):
         given = f"{np.count_nonzero(moments.counts)} of {len(moments.counts)} classes"
@@ -111,13 +112,14 @@ def solve_head(
     centre = means.mean(axis=0)
     offsets = means - centre  # they sum to zero, and so do the logits of the classes with images
     within = (moments.second - means.T @ (counts[:, None] * means)) / counts.sum()
+    # Features that hardly vary leave rounding errors; with as much on the diagonal no variance is below them.
     rounding = np.finfo(np.float64).eps * np.trace(moments.second) / counts.sum()
     covariance = within + offsets.T @ offsets / classes + rounding * np.eye(features)
     cross = offsets / classes  # covariance of the classes, as 0 and 1, and the features
 
     # The classes with images: a ridge regression on what the merged head's answers miss.
     merged = weight - weight[present].mean(axis=0, dtype=np.float64)
-    target = max(_fit(merged[present], cross, covariance), 0.0) * merged[present]
+    target = max(_fit(merged[present], cross, covariance), 0.0) * merged[present]  # 0 where it is mostly wrong
     shrinkage = strength * (np.trace(covariance) / features or 1.0)
     missed = cross - target @ covariance
     solved = target + np.linalg.solve(covariance + shrinkage * np.eye(features), missed.T).T
@@ -129,6 +131,7 @@ def solve_head(
     answers = weight @ centre + bias
     all_weights = size * merged
     all_weights[present] = solved
+    # At the centre the classes with images are equally likely.
     at_centre = np.where(present, 0.0, size * (answers - answers[present].mean()))
     found = all_weights.astype(FLOAT), (at_centre - all_weights @ centre).astype(FLOAT)
     if not all(np.isfinite(each).all() for each in found):
