@@ -20,6 +20,7 @@ from aggregator.reconciler import Reconciler, log_event
 from aggregator.resources import API_VERSION, GROUP, KINDS, DataVector, MergePolicy, ModelVersion, Resource, utc_now
 from aggregator.settings import OperatorSettings
 from aggregator.store import Store
+from datavector.console import listed
 from datavector.errors import ApiUnavailable, ClusterError, CrdOutdated, ObjectMissing
 from datavector.monitoring import serve_metrics
 
@@ -135,7 +136,7 @@ class Operator:
                 self.metrics.outdated.set(bool(missing))
                 if not missing:
                     return
-                problem: ClusterError = CrdOutdated(missing)
+                problem: ClusterError = CrdOutdated(listed(missing))
                 await asyncio.to_thread(self._refuse, problem)
             except ClusterError as error:
                 problem = error

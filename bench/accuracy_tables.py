@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -66,28 +66,16 @@ class Cell:
         fixed = ("hospital.", "fedavg.", "attack.", "pooled", *CONTROLS)
         return [name for name in self.said if not name.startswith(fixed)]
 
-    def answers(self, name: str) -> dict[str, Logits]:
+    def answers(self, name: str) -> Mapping[str, Logits]:
         """By images (test, validation.HOSPITAL) the logits, of a model or of its variant with a closed-form head."""
-        kept = np.load(self.folder / "said" / f"{name.removesuffix(HEAD)}.npz")
-        if not name.endswith(HEAD):
-            return {key.removeprefix("logits."): kept[key] for key in kept.files if key.startswith("logits.")}
-        classes = kept["logits.test"].shape[1]
-        moments = pool_features(
-            [
-                class_moments(
-                    torch.from_numpy(kept[f"features.train.{hospital}"]),
-                    torch.from_numpy(self.labels[f"train.{hospital}"]),
-                    classes,
-                    floor=Head().floor,
-                )
-                for hospital in self.hospitals
-            ]
-        )
-        if not solvable(moments):
-            return {}
-        weight, bias = solve_head(moments, kept["head.weight"], kept["head.bias"], strength=Head().strength)
-        asked = [key for key in kept.files if key.startswith("features.") and not key.startswith("features.train.")]
-        return {key.removeprefix("features."): kept[key] @ weight.T + bias for key in asked}
+        if name.endswith(HEAD):
+            return _solved(self, name.removesuffix(HEAD))
+        kept = self.kept(name)
+        return {key.removeprefix("logits."): kept[key] for key in kept.files if key.startswith("logits.")}
+
+    def kept(self, name: str) -> np.lib.npyio.NpzFile:
+        found: np.lib.npyio.NpzFile = np.load(self.folder / "said" / f"{name}.npz")
+        return found
 
     def score(self, name: str) -> Score | None:
         return self.score_of(self.answers(name).get("test"))
@@ -111,7 +99,7 @@ class Cell:
         logits = [torch.from_numpy(self.answers(f"hospital.{name}")["test"]) for name in self.hospitals]
         return self.score_of(torch.stack([each.softmax(1) for each in logits]).mean(0).numpy())
 
-    def candidates(self, bodies: Sequence[str]) -> dict[str, dict[str, Logits]]:
+    def candidates(self, bodies: Sequence[str]) -> dict[str, Mapping[str, Logits]]:
         names = [f"{body}{suffix}" for body in bodies for suffix in (HEAD, "")]
         found = {name: self.answers(name) for name in names}
         return {name: answers for name, answers in found.items() if answers}
@@ -131,6 +119,29 @@ class Cell:
 
     def _confusion(self, logits: Logits, hospital: str) -> NDArray[np.int64]:
         return confusion_matrix(self.labels[f"validation.{hospital}"], logits.argmax(1), logits.shape[1])
+
+
+@cache
+def _solved(cell: Cell, body: str) -> Mapping[str, Logits]:
+    """The answers with a closed-form head, which several tables ask for; empty where there is none."""
+    kept = cell.kept(body)
+    classes = kept["logits.test"].shape[1]
+    moments = pool_features(
+        [
+            class_moments(
+                torch.from_numpy(kept[f"features.train.{hospital}"]),
+                torch.from_numpy(cell.labels[f"train.{hospital}"]),
+                classes,
+                floor=Head().floor,
+            )
+            for hospital in cell.hospitals
+        ]
+    )
+    if not solvable(moments):
+        return {}
+    weight, bias = solve_head(moments, kept["head.weight"], kept["head.bias"], strength=Head().strength)
+    asked = [key for key in kept.files if key.startswith("features.") and not key.startswith("features.train.")]
+    return {key.removeprefix("features."): kept[key] @ weight.T + bias for key in asked}
 
 
 def main() -> None:

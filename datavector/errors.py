@@ -288,10 +288,9 @@ class ObjectMissing(ClusterError):
 class CrdOutdated(ClusterError):
     """The cluster's custom resource definitions lack what this version writes."""
 
-    def __init__(self, missing: list[str]) -> None:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+    def __init__(self, missing: str) -> None:
         super().__init__(
-            f"the cluster's CustomResourceDefinitions are older than this program: they lack {shown}",
+            f"the cluster's CustomResourceDefinitions are older than this program: they lack {missing}",
             remedy="run helm upgrade with charts/crds of this version (or kubectl apply --server-side -f "
             "charts/crds/templates); the operator then goes on",
         )
